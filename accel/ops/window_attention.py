@@ -123,7 +123,7 @@ def reference(
         x = torch.roll(x, back, (1, 2, 3))
     for axis in (1, 2, 3):
         short = padded[axis - 1] - x.shape[axis]
-        if short:
+        if short or axis == 3:  # always once, so that qkv_bias has a gradient, of zeros, where nothing is padded
             shape = [*x.shape[:axis], short, *x.shape[axis + 1 :]]
             x = torch.cat([x, fill.expand(shape)], axis)
     if not roll_first:
@@ -180,12 +180,18 @@ def _why_not_cpu(args: Args) -> str | None:
     return dispatch.leaf("accel._C")[1] or _why_not_kernel(args, 128)
 
 
-def _cpu_forward(*args: Any) -> Any:
-    return torch.ops.accel_native.window_attention_forward.default(*args)
+def _fp32(*small: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.float() for x in small]
 
 
-def _cpu_backward(*args: Any) -> Any:
-    return torch.ops.accel_native.window_attention_backward.default(*args)
+def _cpu_forward(qkv: Tensor, *args: Any) -> Any:
+    return torch.ops.accel_native.window_attention_forward.default(qkv, *_fp32(*args[:4]), *args[4:])
+
+
+def _cpu_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *args: Any) -> Any:
+    *args_, needs = args  # out and lse are not read: whole rows of logits are at hand again, and recomputed exactly
+    native = torch.ops.accel_native.window_attention_backward.default
+    return native(grad_out, qkv, *_fp32(*args_[:4]), *args_[4:], *needs)
 
 
 def _why_not_triton(args: Args) -> str | None:

@@ -1,0 +1,68 @@
+// The Python module accel._C: build facts and the CPU level in use. The ops register themselves with torch when the
+// library is loaded (accel_native namespace), each in the binding file of its own folder.
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/_isa.h"
+
+namespace accel {
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+              __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                __builtin_cpu_supports("avx512cd");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
+  if (avx512) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+static std::atomic<int> level{int(best_isa())};
+
+Isa isa() { return Isa(level.load(std::memory_order_relaxed)); }
+void set_isa(Isa x) { level.store(int(x), std::memory_order_relaxed); }
+
+}  // namespace accel
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native kernels of accel: importing this registers torch.ops.accel_native.";
+  m.def("build_info", [] {
+    py::dict info;
+#if defined(__clang__)
+    info["compiler"] = std::string("clang ") + __clang_version__;
+#else
+    info["compiler"] = std::string("g++ ") + __VERSION__;
+#endif
+    std::vector<std::string> built;
+#if defined(__x86_64__)
+    int levels = 4;
+#else
+    int levels = 1;
+#endif
+    for (int i = 0; i < levels; ++i) built.emplace_back(accel::ISA_NAMES[i]);
+    info["isa_built"] = built;
+    info["isa_best"] = accel::ISA_NAMES[int(accel::best_isa())];
+    info["isa"] = accel::ISA_NAMES[int(accel::isa())];
+    info["torch_built"] = ACCEL_TORCH_VERSION;
+    info["cuda_archs"] = ACCEL_CUDA_ARCHS;
+    return info;
+  }, "Compiler, instruction-set levels (built, best here, in use), torch built against, CUDA architectures.");
+  m.def("set_isa", [](const std::string& name) {
+    for (int i = 0; i <= int(accel::best_isa()); ++i)
+      if (name == accel::ISA_NAMES[i]) return accel::set_isa(accel::Isa(i));
+    throw py::value_error("instruction-set level '" + name + "' is not one this processor has; the best is '" +
+                          accel::ISA_NAMES[int(accel::best_isa())] + "'");
+  }, py::arg("name"), "Run the CPU kernels at a lower level, to test or compare it; process-wide.");
+}

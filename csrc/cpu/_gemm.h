@@ -1,0 +1,97 @@
+// Small matrix products on packed fp32 operands, one micro-kernel for every product of an attention core.
+#pragma once
+
+#include <algorithm>
+
+#include "_simd.h"
+
+namespace accel::ACCEL_ISA {
+
+// C (M × nv·W) = [init +] A (M × K) · B (K × nv·W). A is read element by element with any strides, so a transposed
+// A costs nothing; B and C are row-major in whole vectors. init, if not null, has C's shape and row stride ldi; it
+// may be C itself, which accumulates.
+struct Gemm {
+  const float* a;
+  int64_t row_a, col_a;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  const float* init;
+  int64_t ldi;
+  int K;
+};
+
+// Registers hold MR × NV accumulators beside NV vectors of B and one of A.
+#if defined(__AVX512F__)
+constexpr int MAX_NV = 4;
+constexpr int max_rows(int nv) { return nv == 4 ? 6 : nv == 3 ? 8 : 12; }
+#else
+constexpr int MAX_NV = 2;
+constexpr int max_rows(int nv) { return nv == 2 ? 6 : 10; }
+#endif
+
+template <int MR, int NV>
+inline void micro(const Gemm& g, int64_t row, int64_t col) {
+  const float* a = g.a + row * g.row_a;
+  const float* b = g.b + col;
+  vf acc[MR][NV];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[m][v] = g.init ? load(g.init + (row + m) * g.ldi + col + v * W) : vf{};
+  for (int k = 0; k < g.K; ++k) {
+    vf bv[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      vf av = splat(a[m * g.row_a]);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) acc[m][v] += av * bv[v];
+    }
+    a += g.col_a;
+    b += g.ldb;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) store(g.c + (row + m) * g.ldc + col + v * W, acc[m][v]);
+}
+
+template <int NV, int MR>
+inline void micro_rows(const Gemm& g, int rows, int64_t row, int64_t col) {
+  if constexpr (MR > 1) {
+    if (rows < MR) return micro_rows<NV, MR - 1>(g, rows, row, col);
+  }
+  micro<MR, NV>(g, row, col);
+}
+
+// Rows split evenly: 49 rows as 10 10 10 10 9 keep every tile busy, where 12 12 12 12 1 would end in a slow one.
+template <int NV>
+inline void panel(const Gemm& g, int M, int64_t col) {
+  constexpr int MR = max_rows(NV);
+  int tiles = (M + MR - 1) / MR;
+  for (int t = 0, row = 0; t < tiles; ++t) {
+    int rows = (M - row + tiles - t - 1) / (tiles - t);
+    micro_rows<NV, MR>(g, rows, row, col);
+    row += rows;
+  }
+}
+
+inline void gemm(const Gemm& g, int M, int nv) {
+  int panels = (nv + MAX_NV - 1) / MAX_NV;
+  for (int p = 0, v = 0; p < panels; ++p) {
+    int width = (nv - v + panels - p - 1) / (panels - p);
+    int64_t col = int64_t(v) * W;
+    if (width == 1) panel<1>(g, M, col);
+    if (width == 2) panel<2>(g, M, col);
+    if constexpr (MAX_NV >= 4) {
+      if (width == 3) panel<3>(g, M, col);
+      if (width == 4) panel<4>(g, M, col);
+    }
+    v += width;
+  }
+}
+
+}  // namespace accel::ACCEL_ISA

@@ -1,0 +1,25 @@
+// Which instruction-set level the CPU kernels run at; decided once at load time from what the processor has.
+#pragma once
+
+namespace accel {
+
+enum class Isa : int { portable, avx2, avx512, avx512bf16 };
+
+constexpr const char* ISA_NAMES[] = {"portable", "avx2", "avx512", "avx512bf16"};
+
+Isa best_isa();       // the highest level this processor has, of those built
+Isa isa();            // the level in use
+void set_isa(Isa x);  // for tests: every level gives the right result, only the speed differs
+
+// The function of the level in use, from the namespaces a kernel header declares: ACCEL_LEVEL(forward)(params, ...).
+#if defined(__x86_64__)
+#define ACCEL_LEVEL(function)                                    \
+  (::accel::isa() == ::accel::Isa::avx512bf16 ? ::accel::avx512bf16::function \
+   : ::accel::isa() == ::accel::Isa::avx512   ? ::accel::avx512::function     \
+   : ::accel::isa() == ::accel::Isa::avx2     ? ::accel::avx2::function       \
+                                              : ::accel::portable::function)
+#else
+#define ACCEL_LEVEL(function) (::accel::portable::function)
+#endif
+
+}  // namespace accel

@@ -1,0 +1,223 @@
+// Vectors of floats for one instruction set. Included by kernel files, which are compiled once per level with
+// ACCEL_ISA naming the namespace and ACCEL_WIDTH the floats in a register; everything lives in that namespace, so
+// that no AVX-512 body can be picked by the linker for a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace accel::ACCEL_ISA {
+
+constexpr int W = ACCEL_WIDTH;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint16_t vh_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline vf splat(float x) { return x - vf{}; }
+inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+
+// --- bf16 and fp16 in memory, fp32 in registers ---
+
+inline vf load(const bf16* p) {
+  vh h = *reinterpret_cast<const vh_unaligned*>(p);
+  return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+}
+
+inline void store(bf16* p, vf x) {
+  vu u = reinterpret_cast<vu>(x);
+  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  vu nan = reinterpret_cast<vu>(x != x);
+  rounded = (rounded & ~nan) | (nan & 0x7fc0u);
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(rounded, vh);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t u = uint32_t(x.bits) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline float to_float(fp16 x) {
+  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023, u;
+  if (exponent == 31) {
+    u = sign | 0x7f800000u | (mantissa << 13);
+  } else if (exponent == 0) {
+    float f = float(mantissa) * 0x1p-24f;
+    return sign ? -f : f;
+  } else {
+    u = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  }
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+
+inline void from_float(float x, float* p) { *p = x; }
+inline void from_float(float x, bf16* p) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  p->bits = x != x ? 0x7fc0 : uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline void from_float(float x, fp16* p) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  uint32_t sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    p->bits = uint16_t(sign | 0x7e00u);
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or is infinite
+    p->bits = uint16_t(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 lets the hardware round at 2^-24
+    float f;
+    std::memcpy(&f, &magnitude, 4);
+    f += 0.5f;
+    std::memcpy(&u, &f, 4);
+    p->bits = uint16_t(sign | (u - 0x3f000000u));
+  } else {
+    p->bits = uint16_t(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+  }
+}
+
+inline vf load(const fp16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  vf x;
+  for (int i = 0; i < W; ++i) x[i] = to_float(p[i]);
+  return x;
+#endif
+}
+
+inline void store(fp16* p, vf x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+#else
+  for (int i = 0; i < W; ++i) from_float(x[i], p + i);
+#endif
+}
+
+// dst[0..padded) = src[0..n), zeros behind; padded is a multiple of W.
+template <typename T>
+inline void load_row(const T* src, float* dst, int n, int padded) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load(src + i));
+  for (; i < n; ++i) dst[i] = to_float(src[i]);
+  for (; i < padded; ++i) dst[i] = 0.0f;
+}
+
+template <typename T>
+inline void store_row(T* dst, const float* src, int n, float mul) {
+  int i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load(src + i) * mul);
+  for (; i < n; ++i) from_float(src[i] * mul, dst + i);
+}
+
+// --- shuffles, reductions, transposition ---
+
+template <int S, int... I>
+inline vf swap_blocks(vf x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, (I ^ S)...);
+}
+
+// Sum (or maximum) of all lanes, in every lane.
+template <int S = W / 2>
+inline vf sum_lanes(vf x) {
+  x = x + swap_blocks<S>(x, std::make_integer_sequence<int, W>{});
+  if constexpr (S > 1) return sum_lanes<S / 2>(x);
+  return x;
+}
+inline vf max(vf a, vf b) { return a < b ? b : a; }  // a NaN in a stays
+template <int S = W / 2>
+inline vf max_lanes(vf x) {
+  x = max(x, swap_blocks<S>(x, std::make_integer_sequence<int, W>{}));
+  if constexpr (S > 1) return max_lanes<S / 2>(x);
+  return x;
+}
+
+template <int S, int... I>
+inline void exchange(vf& a, vf& b, std::integer_sequence<int, I...>) {
+  vf low = __builtin_shufflevector(a, b, ((I & S) ? W + I - S : I)...);
+  vf high = __builtin_shufflevector(a, b, ((I & S) ? W + I : I + S)...);
+  a = low, b = high;
+}
+template <int S = 1>
+inline void transpose_block(vf* r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & S)) exchange<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
+  if constexpr (S * 2 < W) transpose_block<S * 2>(r);
+}
+
+// dst (cols × ldd) = mul · transpose of src (rows × lds); rows and cols multiples of W.
+inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, int rows, int cols, float mul) {
+  for (int i = 0; i < rows; i += W)
+    for (int j = 0; j < cols; j += W) {
+      vf r[W];
+#pragma GCC unroll 16
+      for (int k = 0; k < W; ++k) r[k] = load(src + (i + k) * lds + j);
+      transpose_block(r);
+#pragma GCC unroll 16
+      for (int k = 0; k < W; ++k) store(dst + (j + k) * ldd + i, r[k] * mul);
+    }
+}
+
+// --- powers and logarithms of two ---
+
+// 2^x for x <= 0, relative error below 2e-7; −∞ gives a number below 2e-38, a NaN stays one.
+inline vf exp2_nonpositive(vf x) {
+  vf low = splat(-126.0f);
+  x = x < low ? low : x;
+  vf shifted = x + 12582912.0f;  // 1.5 · 2^23: the integer part lands in the low bits
+  vf n = shifted - 12582912.0f;
+  vf f = x - n;
+  vf p = splat(1.33952936e-3f);
+  p = p * f + 9.6185449e-3f;
+  p = p * f + 5.5503324e-2f;
+  p = p * f + 2.4022652e-1f;
+  p = p * f + 6.9314720e-1f;
+  p = p * f + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  vf y = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+  return x == x ? y : x;
+#endif
+}
+
+// log2 of normal positive x, absolute error below 2e-7; infinities and NaN pass through as NaN or infinity.
+inline vf log2_positive(vf x) {
+  vi bits = reinterpret_cast<vi>(x);
+  vi e = (bits - 0x3f3504f3) >> 23;  // so that the mantissa is in [sqrt(1/2), sqrt(2))
+  vf m = reinterpret_cast<vf>(bits - (e << 23));
+  vf t = (m - 1.0f) / (m + 1.0f);
+  vf s = t * t;
+  vf p = splat(0.4121985f);
+  p = p * s + 0.5770780f;
+  p = p * s + 0.9617967f;
+  p = p * s + 2.8853901f;
+  vf y = __builtin_convertvector(e, vf) + t * p;
+  vf huge = splat(__builtin_huge_valf());
+  return x < huge ? y : x;
+}
+
+}  // namespace accel::ACCEL_ISA

@@ -1,0 +1,472 @@
+// Window attention on the CPU: forward, and a backward that recomputes the probabilities.
+//
+// One (window, head) at a time: its rows of q, k and v are gathered into packed fp32 (roll, padding and partition are
+// only addresses), logits and probabilities of a block of rows live in the cache, results are scattered back.
+// Logits are kept in units of log2(e), so that the softmax needs 2^x only.
+
+#include "params.h"
+
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "../_gemm.h"
+#include "../_philox.h"
+
+namespace accel::ACCEL_ISA {
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LN_2 = 0.69314718055994530942f;
+constexpr float NORM_EPS = 1e-12f;
+
+int width() { return W; }
+
+namespace {
+
+// Cache-line aligned scratch of one worker.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats)
+      : data_(static_cast<float*>(std::aligned_alloc(64, size_t(padded_to(floats, 16)) * sizeof(float)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+  operator float*() const { return data_; }
+  float* data() const { return data_; }
+
+ private:
+  float* data_;
+};
+
+// Rows of logits handled together: all of a small window, else as many as keep the block near the first-level cache.
+int rows_at_once(int64_t tokens, int64_t ld) {
+  int64_t rows = std::max<int64_t>(12, 4096 / ld);
+  return int(tokens <= 64 ? tokens : std::min(tokens, rows));
+}
+
+// Where the tokens of a window lie: the memory row of each, −1 for a padded one, and its mask region.
+class Window {
+ public:
+  explicit Window(const Params& p) : p_(p), rows_(new int64_t[p.tokens]), labels_(new int[p.tokens]) {}
+  Window(const Window&) = delete;
+  Window& operator=(const Window&) = delete;
+  ~Window() {
+    delete[] rows_;
+    delete[] labels_;
+  }
+
+  void move_to(int64_t index) {
+    if (index == index_) return;
+    index_ = index;
+    int64_t image = index / p_.windows, rest = index % p_.windows;
+    int64_t at[3] = {rest / (p_.count[1] * p_.count[2]), rest / p_.count[2] % p_.count[1], rest % p_.count[2]};
+    int n = 0;
+    masked_ = false;
+    for (int64_t z = 0; z < p_.window[0]; ++z) {
+      auto [row_z, label_z] = place(0, at[0], z);
+      for (int64_t y = 0; y < p_.window[1]; ++y) {
+        auto [row_y, label_y] = place(1, at[1], y);
+        for (int64_t x = 0; x < p_.window[2]; ++x, ++n) {
+          auto [row_x, label_x] = place(2, at[2], x);
+          bool inside = row_z >= 0 && row_y >= 0 && row_x >= 0;
+          rows_[n] = inside ? ((image * p_.size[0] + row_z) * p_.size[1] + row_y) * p_.size[2] + row_x : -1;
+          labels_[n] = label_z * 4 + label_y * 2 + label_x;
+          masked_ |= labels_[n] != labels_[0];
+        }
+      }
+    }
+  }
+
+  int64_t row(int n) const { return rows_[n]; }
+  int label(int n) const { return labels_[n]; }
+  bool masked() const { return masked_; }
+
+ private:
+  // Coordinate on the map (−1: padding) and region bit of position t of the window's axis.
+  std::pair<int64_t, int> place(int axis, int64_t window, int64_t t) const {
+    int64_t rolled = window * p_.window[axis] + t, shift = p_.shift[axis];
+    int label = shift > 0 && rolled >= p_.padded[axis] - shift;
+    int64_t size = p_.size[axis];
+    if (p_.roll_first) return {rolled < size ? (rolled + shift) % size : -1, label};
+    int64_t at = (rolled + shift) % p_.padded[axis];
+    return {at < size ? at : -1, label};
+  }
+
+  const Params& p_;
+  int64_t index_ = -1;
+  int64_t* rows_;
+  int* labels_;
+  bool masked_ = false;
+};
+
+// Everything a worker needs to compute the probabilities of one (window, head).
+template <typename T>
+class Core {
+ public:
+  explicit Core(const Params& p)
+      : p(p),
+        D(p.head_dim),
+        Dp(int(padded_to(p.head_dim, W))),
+        N(p.tokens),
+        ld(int(padded_to(p.tokens, W))),
+        block(rows_at_once(p.tokens, ld)),
+        channels(int64_t(p.heads) * p.head_dim),
+        window(p),
+        q(int64_t(ld) * Dp),
+        k(int64_t(ld) * Dp),
+        v(int64_t(ld) * Dp),
+        k_t(int64_t(Dp) * ld),
+        logits(int64_t(block) * ld),
+        q_inverse(ld),
+        k_inverse(ld),
+        row_max(ld),
+        row_sum(ld),
+        mask_(8 * int64_t(ld)) {
+    for (float* rows : {q.data(), k.data(), v.data()})  // rows from N to ld stay zero for the transpositions
+      std::fill(rows + int64_t(N) * Dp, rows + int64_t(ld) * Dp, 0.0f);
+    std::fill(row_sum.data(), row_sum + ld, 1.0f);
+    std::fill(row_max.data(), row_max + ld, 0.0f);
+  }
+
+  // Gather q, k, v of the window's head; cosine attention normalises q and k. The transposed k, which only makes
+  // logits, carries the scale and log2(e).
+  void gather(int64_t index, int h) {
+    window.move_to(index);
+    head = h;
+    const float* fill = p.qkv_bias ? p.qkv_bias + int64_t(h) * D : nullptr;
+    const T* base = static_cast<const T*>(p.qkv) + int64_t(h) * D;
+    scale = p.head_scale ? p.head_scale[h] : p.scale;
+    for (int n = 0; n < N; ++n) {
+      int64_t row = window.row(n);
+      if (row >= 0) {
+        const T* token = base + row * 3 * channels;
+        load_row(token, q + int64_t(n) * Dp, D, Dp);
+        load_row(token + channels, k + int64_t(n) * Dp, D, Dp);
+        load_row(token + 2 * channels, v + int64_t(n) * Dp, D, Dp);
+      } else {
+        fill_row(fill, 0, q + int64_t(n) * Dp);
+        fill_row(fill, 1, k + int64_t(n) * Dp);
+        fill_row(fill, 2, v + int64_t(n) * Dp);
+      }
+    }
+    if (p.head_scale)
+      for (int n = 0; n < N; ++n) {
+        q_inverse[n] = normalize(q + int64_t(n) * Dp);
+        k_inverse[n] = normalize(k + int64_t(n) * Dp);
+      }
+    transpose(k, Dp, k_t, ld, ld, Dp, scale * LOG2_E);
+    if (window.masked()) fill_mask();
+  }
+
+  // logits[0..rows) = 2^(logit − max) for query rows from `first` on; row_max and row_sum are set, nothing is divided.
+  void weights(int first, int rows) {
+    const float* bias = p.logit_bias + head * p.bias_head_stride + int64_t(first) * ld;
+    gemm({q + int64_t(first) * Dp, Dp, 1, k_t, ld, logits, ld, bias, ld, D}, rows, ld / W);
+    for (int i = 0; i < rows; ++i) {
+      float* row = logits + int64_t(i) * ld;
+      const float* mask = window.masked() ? mask_ + int64_t(window.label(first + i)) * ld : nullptr;
+      if (ld == 4 * W) {
+        softmax_row<4>(row, mask, first + i);
+      } else {
+        softmax_row<0>(row, mask, first + i);
+      }
+    }
+  }
+
+  // Keep factor (0 or 1/(1−p)) of a weight.
+  float keep(int64_t index, int i, int j) const {
+    uint64_t position = ((uint64_t(index) * p.heads + head) * N + i) * N + j;
+    return philox(p.seed, position) >= p.drop_below ? p.keep_scale : 0.0f;
+  }
+
+  const Params& p;
+  const int D, Dp, N, ld, block;
+  const int64_t channels;
+  Window window;
+  Buffer q, k, v, k_t, logits;
+  Buffer q_inverse, k_inverse;  // 1 / norm of cosine attention, 0 for a zero vector
+  Buffer row_max, row_sum;
+  int head = 0;
+  float scale = 1.0f;
+
+ private:
+  void fill_row(const float* fill, int which, float* dst) const {
+    for (int d = 0; d < Dp; ++d) dst[d] = fill && d < D ? fill[which * channels + d] : 0.0f;
+  }
+
+  // Divide a row by its norm and return 1 / norm.
+  float normalize(float* row) const {
+    vf squares{};
+    for (int d = 0; d < Dp; d += W) squares += load(row + d) * load(row + d);
+    float norm = std::sqrt(sum_lanes(squares)[0]);
+    float inverse = norm == 0.0f ? 0.0f : 1.0f / std::max(norm, NORM_EPS);
+    for (int d = 0; d < Dp; d += W) store(row + d, load(row + d) * inverse);
+    return inverse;
+  }
+
+  // Row `label` of the mask: what a query of that region adds to each key.
+  void fill_mask() {
+    for (int label = 0; label < 8; ++label)
+      for (int n = 0; n < N; ++n)
+        mask_[int64_t(label) * ld + n] = window.label(n) == label ? 0.0f : p.mask_value * LOG2_E;
+    for (int label = 0; label < 8; ++label)
+      std::fill(mask_ + int64_t(label) * ld + N, mask_ + int64_t(label + 1) * ld, 0.0f);
+  }
+
+  // NV > 0: the row is that many vectors and stays in registers.
+  template <int NV>
+  void softmax_row(float* row, const float* mask, int n) {
+    if constexpr (NV > 0) {
+      vf x[NV];
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) x[i] = load(row + i * W);
+      if (mask) {
+#pragma GCC unroll 4
+        for (int i = 0; i < NV; ++i) x[i] += load(mask + i * W);
+      }
+      vf top = x[0];
+#pragma GCC unroll 4
+      for (int i = 1; i < NV; ++i) top = max(top, x[i]);
+      top = max_lanes(top);
+      vf sum{};
+#pragma GCC unroll 4
+      for (int i = 0; i < NV; ++i) {
+        x[i] = exp2_nonpositive(x[i] - top);
+        sum += x[i];
+        store(row + i * W, x[i]);
+      }
+      row_max[n] = top[0];
+      row_sum[n] = sum_lanes(sum)[0];
+    } else {
+      vf top = splat(-std::numeric_limits<float>::infinity());
+      for (int j = 0; j < ld; j += W) {
+        vf x = load(row + j);
+        if (mask) {
+          x += load(mask + j);
+          store(row + j, x);
+        }
+        top = max(x, top);
+      }
+      top = max_lanes(top);
+      vf sum{};
+      for (int j = 0; j < ld; j += W) {
+        vf x = exp2_nonpositive(load(row + j) - top);
+        store(row + j, x);
+        sum += x;
+      }
+      row_max[n] = top[0];
+      row_sum[n] = sum_lanes(sum)[0];
+    }
+  }
+
+  Buffer mask_;
+};
+
+template <typename T>
+void forward(const Params& p, int64_t from, int64_t to) {
+  Core<T> core(p);
+  const int N = core.N, D = core.D, Dp = core.Dp, ld = core.ld;
+  Buffer o(int64_t(core.block) * Dp);
+  for (int64_t task = from; task < to; ++task) {
+    int64_t index = task / p.heads;
+    int h = int(task % p.heads);
+    core.gather(index, h);
+    T* base = static_cast<T*>(p.out) + int64_t(h) * D;
+    for (int first = 0; first < N; first += core.block) {
+      int rows = std::min(core.block, N - first);
+      core.weights(first, rows);
+      if (p.dropout)
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < N; ++j) core.logits[int64_t(i) * ld + j] *= core.keep(index, first + i, j);
+      gemm({core.logits, ld, 1, core.v, Dp, o, Dp, nullptr, 0, N}, rows, Dp / W);
+      for (int i = 0; i < rows; ++i) {
+        int64_t row = core.window.row(first + i);
+        if (row >= 0) store_row(base + row * core.channels, o + int64_t(i) * Dp, D, 1.0f / core.row_sum[first + i]);
+      }
+    }
+    float* lse = p.lse + task * N;
+    for (int n = 0; n < ld; n += W)
+      store(core.row_max + n, (load(core.row_max + n) + log2_positive(load(core.row_sum + n))) * LN_2);
+    std::memcpy(lse, core.row_max, size_t(N) * sizeof(float));
+  }
+}
+
+// Row of the bias table of query (zi, yi, xi) and key 0; keys further on have lower rows.
+struct TableIndex {
+  int64_t stride_z, stride_y;
+  const int64_t* window;
+
+  explicit TableIndex(const int64_t* window)
+      : stride_z((2 * window[1] - 1) * (2 * window[2] - 1)), stride_y(2 * window[2] - 1), window(window) {}
+
+  // f(token j, table row) over all keys of query i, runs of the last axis being consecutive.
+  template <typename F>
+  void for_each_key(int i, F f) const {
+    int64_t xi = i % window[2], yi = i / window[2] % window[1], zi = i / (window[2] * window[1]);
+    int j = 0;
+    for (int64_t z = 0; z < window[0]; ++z)
+      for (int64_t y = 0; y < window[1]; ++y) {
+        int64_t base = (zi - z + window[0] - 1) * stride_z + (yi - y + window[1] - 1) * stride_y + xi + window[2] - 1;
+        for (int64_t x = 0; x < window[2]; ++x, ++j) f(j, base - x);
+      }
+  }
+};
+
+template <typename T>
+void backward(const BackwardParams& b, int64_t from, int64_t to) {
+  const Params& p = b.forward;
+  Core<T> core(p);
+  const int N = core.N, D = core.D, Dp = core.Dp, ld = core.ld, block = core.block;
+  const int64_t C = core.channels;
+  const bool want_bias = b.want_table || b.want_dense;
+  Buffer v_t(int64_t(Dp) * ld), grad_o(int64_t(block) * Dp), grad_p(int64_t(block) * ld);
+  Buffer grad_q(int64_t(block) * Dp), grad_k(int64_t(ld) * Dp), grad_v(int64_t(ld) * Dp);
+  Buffer grad_bias(want_bias ? int64_t(N) * ld : 0);
+  Buffer keep(p.dropout ? int64_t(block) * ld : 0);
+  const int64_t total = p.batch * p.windows;
+
+  for (int64_t task = from; task < to; ++task) {
+    const int h = int(task / b.chunks);
+    const int64_t chunk = task % b.chunks;
+    const int64_t begin = total * chunk / b.chunks, end = total * (chunk + 1) / b.chunks;
+    float* part_fill = b.part_qkv_bias ? b.part_qkv_bias + task * 3 * D : nullptr;
+    if (part_fill) std::fill(part_fill, part_fill + 3 * D, 0.0f);
+    if (want_bias) std::fill(grad_bias.data(), grad_bias + int64_t(N) * ld, 0.0f);
+    double grad_scale = 0.0;
+
+    // Write a finished gradient row to its token, or add it to what padded tokens hold.
+    auto emit = [&](int n, int which, const float* row, float mul) {
+      int64_t token = core.window.row(n);
+      if (token >= 0) {
+        store_row(static_cast<T*>(b.grad_qkv) + token * 3 * C + which * C + int64_t(h) * D, row, D, mul);
+      } else if (part_fill) {
+        for (int d = 0; d < D; ++d) part_fill[which * D + d] += row[d] * mul;
+      }
+    };
+    // Gradient through x / max(|x|, eps), given the normalised row and 1 / max(|x|, eps).
+    auto through_norm = [&](float* grad, const float* unit, float inverse) {
+      vf dot{};
+      for (int d = 0; d < Dp; d += W) dot += load(grad + d) * load(unit + d);
+      float along = inverse < 1.0f / NORM_EPS ? sum_lanes(dot)[0] : 0.0f;
+      for (int d = 0; d < Dp; d += W) store(grad + d, (load(grad + d) - load(unit + d) * along) * inverse);
+    };
+
+    for (int64_t index = begin; index < end; ++index) {
+      core.gather(index, h);
+      transpose(core.v, Dp, v_t, ld, ld, Dp, 1.0f);
+      const T* grad_out = static_cast<const T*>(b.grad_out) + int64_t(h) * D;
+      for (int first = 0; first < N; first += block) {
+        const int rows = std::min(block, N - first);
+        float* init_k = first ? grad_k.data() : nullptr;
+        float* init_v = first ? grad_v.data() : nullptr;
+        core.weights(first, rows);
+        for (int i = 0; i < rows; ++i) {
+          int64_t token = core.window.row(first + i);
+          float* row = grad_o + int64_t(i) * Dp;
+          if (token >= 0) {
+            load_row(grad_out + token * C, row, D, Dp);
+          } else {
+            std::fill(row, row + Dp, 0.0f);  // its output is thrown away
+          }
+        }
+        gemm({grad_o, Dp, 1, v_t, ld, grad_p, ld, nullptr, 0, D}, rows, ld / W);
+        for (int i = 0; i < rows; ++i) {
+          float* weight = core.logits + int64_t(i) * ld;
+          float* grad = grad_p + int64_t(i) * ld;
+          const float inverse = 1.0f / core.row_sum[first + i];
+          for (int j = N; j < ld; ++j) weight[j] = 0.0f;  // no key there, and 0 · grad stays 0
+          if (p.dropout) {
+            float* kept = keep + int64_t(i) * ld;
+            for (int j = 0; j < N; ++j) kept[j] = core.keep(index, first + i, j);
+            for (int j = N; j < ld; ++j) kept[j] = 0.0f;
+            for (int j = 0; j < ld; j += W) store(grad + j, load(grad + j) * load(kept + j));
+          }
+          vf dot{};
+          for (int j = 0; j < ld; j += W) {
+            vf w = load(weight + j) * inverse;
+            store(weight + j, w);
+            dot += w * load(grad + j);
+          }
+          dot = sum_lanes(dot);
+          for (int j = 0; j < ld; j += W) store(grad + j, load(weight + j) * (load(grad + j) - dot));
+          if (p.dropout)
+            for (int j = 0; j < ld; j += W)
+              store(weight + j, load(weight + j) * load(keep + int64_t(i) * ld + j));
+        }
+        if (want_bias)
+          for (int64_t e = int64_t(first) * ld, s = 0; s < int64_t(rows) * ld; e += W, s += W)
+            store(grad_bias + e, load(grad_bias + e) + load(grad_p + s));
+        gemm({core.logits, 1, ld, grad_o, Dp, grad_v, Dp, init_v, Dp, rows}, N, Dp / W);
+        gemm({grad_p, 1, ld, core.q + int64_t(first) * Dp, Dp, grad_k, Dp, init_k, Dp, rows}, N, Dp / W);
+        gemm({grad_p, ld, 1, core.k, Dp, grad_q, Dp, nullptr, 0, N}, rows, Dp / W);
+        for (int i = 0; i < rows; ++i) {
+          float* row = grad_q + int64_t(i) * Dp;
+          const float* unit = core.q + int64_t(first + i) * Dp;
+          if (p.head_scale) {
+            // row holds Σ_j dlogit · k̂_j: its product with q̂ is the gradient of the scale
+            vf dot{};
+            for (int d = 0; d < Dp; d += W) dot += load(row + d) * load(unit + d);
+            grad_scale += double(sum_lanes(dot)[0]);
+            through_norm(row, unit, core.q_inverse[first + i]);
+          }
+          emit(first + i, 0, row, core.scale);
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        float* row = grad_k + int64_t(n) * Dp;
+        if (p.head_scale) through_norm(row, core.k + int64_t(n) * Dp, core.k_inverse[n]);
+        emit(n, 1, row, core.scale);
+        emit(n, 2, grad_v + int64_t(n) * Dp, 1.0f);
+      }
+    }
+
+    if (b.part_head_scale) b.part_head_scale[task] = float(grad_scale);
+    if (b.want_table) {
+      float* part = b.part_bias + task * b.table_rows;
+      std::fill(part, part + b.table_rows, 0.0f);
+      TableIndex table(p.window);
+      for (int i = 0; i < N; ++i) {
+        const float* row = grad_bias + int64_t(i) * ld;
+        table.for_each_key(i, [&](int j, int64_t r) { part[r] += row[j]; });
+      }
+    } else if (b.want_dense) {
+      for (int i = 0; i < N; ++i)
+        std::memcpy(b.part_bias + (task * N + i) * N, grad_bias + int64_t(i) * ld, size_t(N) * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
+
+// One row per (head, query): from a table (rows, H) or a dense (H, N, N) bias, or zeros where both are null.
+void expand_bias(const Params& p, const float* table, const float* dense, float* out, int64_t from, int64_t to) {
+  const int N = p.tokens, ld = int(padded_to(N, W));
+  TableIndex index(p.window);
+  for (int64_t task = from; task < to; ++task) {
+    float* row = out + task * ld;
+    if (table) {
+      const float* column = table + task / N;
+      index.for_each_key(int(task % N), [&](int j, int64_t r) { row[j] = column[r * p.heads] * LOG2_E; });
+    } else {
+      for (int j = 0; j < N; ++j) row[j] = dense ? dense[task * N + j] * LOG2_E : 0.0f;
+    }
+    std::fill(row + N, row + ld, -std::numeric_limits<float>::infinity());
+  }
+}
+
+void window_attention_forward(const Params& p, int64_t from, int64_t to) {
+  if (p.dtype == Dtype::f32) forward<float>(p, from, to);
+  if (p.dtype == Dtype::bf16) forward<bf16>(p, from, to);
+  if (p.dtype == Dtype::f16) forward<fp16>(p, from, to);
+}
+
+void window_attention_backward(const BackwardParams& p, int64_t from, int64_t to) {
+  if (p.forward.dtype == Dtype::f32) backward<float>(p, from, to);
+  if (p.forward.dtype == Dtype::bf16) backward<bf16>(p, from, to);
+  if (p.forward.dtype == Dtype::f16) backward<fp16>(p, from, to);
+}
+
+}  // namespace accel::ACCEL_ISA
