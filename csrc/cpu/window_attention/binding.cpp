@@ -106,14 +106,18 @@ std::tuple<Tensor, Tensor> forward(Tensor qkv, OptionalTensor table, OptionalTen
   return {out, lse};
 }
 
-// Runs of windows per head: enough tasks for many cores, but a bounded buffer where each holds an (N, N) gradient.
-int64_t chunks_of(const Params& p, bool dense) {
-  int64_t wanted = std::max<int64_t>(1, 64 / p.heads);
-  if (dense) {
-    int64_t bytes = int64_t(p.heads) * p.tokens * p.tokens * 4;
-    wanted = std::min(wanted, std::max<int64_t>(1, (int64_t(32) << 20) / bytes));
-  }
-  return std::min(wanted, p.batch * p.windows);
+// Tasks: enough for many cores, whole rows of tokens where there are windows enough (contiguous memory), and bounded
+// buffers where each head of a task holds an (N, N) gradient.
+void split(BackwardParams& b) {
+  constexpr int64_t TASKS = 64, TASK_BYTES = 512 << 10, PARTIAL_BYTES = int64_t(32) << 20;
+  const Params& p = b.forward;
+  const int64_t total = p.batch * p.windows, square_bytes = int64_t(p.tokens) * p.tokens * 4;
+  b.group_heads = std::min<int64_t>(p.heads, p.heads * total / TASKS);
+  b.group_heads = std::max<int64_t>(1, std::min(b.group_heads, TASK_BYTES / square_bytes));
+  b.groups = (p.heads + b.group_heads - 1) / b.group_heads;
+  b.chunks = std::max<int64_t>(1, std::min(total, TASKS / b.groups));
+  if (b.want_dense)
+    b.chunks = std::max<int64_t>(1, std::min(b.chunks, PARTIAL_BYTES / (p.heads * square_bytes)));
 }
 
 // to[i·step] = Σ_c from[c·length + i], in the order of c.
@@ -142,18 +146,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   BackwardParams b{};
   b.forward = p;
-  b.chunks = chunks_of(p, want_bias);
   b.want_table = want_table;
   b.want_dense = want_bias;
   b.table_rows = table ? table->size(0) : 0;
-  const int64_t tasks = heads * b.chunks, square = int64_t(p.tokens) * p.tokens;
+  split(b);
+  const int64_t parts = heads * b.chunks, square = int64_t(p.tokens) * p.tokens;
   auto floats = [&](bool wanted, std::vector<int64_t> shape) {
     if (!wanted) shape = {0};
     return torch::stable::new_empty(qkv, shape, ScalarType::Float);
   };
-  Tensor part_bias = floats(want_table || want_bias, {tasks, want_table ? b.table_rows : square});
-  Tensor part_scale = floats(want_head_scale, {tasks});
-  Tensor part_fill = floats(want_qkv_bias, {tasks, 3 * int64_t(p.head_dim)});
+  Tensor part_bias = floats(want_table || want_bias, {parts, want_table ? b.table_rows : square});
+  Tensor part_scale = floats(want_head_scale, {parts});
+  Tensor part_fill = floats(want_qkv_bias, {parts, 3 * int64_t(p.head_dim)});
   b.part_bias = want_table || want_bias ? mutable_floats(part_bias) : nullptr;
   b.part_head_scale = want_head_scale ? mutable_floats(part_scale) : nullptr;
   b.part_qkv_bias = want_qkv_bias ? mutable_floats(part_fill) : nullptr;
@@ -162,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   b.grad_qkv = grad_qkv.mutable_data_ptr();
 
   auto run = ACCEL_LEVEL(window_attention_backward);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
+  torch::stable::parallel_for(0, b.groups * b.chunks, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
 
   Tensor grad_table = floats(want_table, {b.table_rows, heads});
   Tensor grad_bias = floats(want_bias, {heads, int64_t(p.tokens), int64_t(p.tokens)});

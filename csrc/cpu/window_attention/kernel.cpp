@@ -8,8 +8,10 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 #include <limits>
 #include <new>
+#include <vector>
 
 #include "../_gemm.h"
 #include "../_philox.h"
@@ -28,7 +30,7 @@ namespace {
 class Buffer {
  public:
   explicit Buffer(int64_t floats)
-      : data_(static_cast<float*>(std::aligned_alloc(64, size_t(padded_to(floats, 16)) * sizeof(float)))) {
+      : size_(floats), data_(static_cast<float*>(std::aligned_alloc(64, size_t(padded_to(floats + 1, 16)) * sizeof(float)))) {
     if (!data_) throw std::bad_alloc();
   }
   Buffer(const Buffer&) = delete;
@@ -36,8 +38,10 @@ class Buffer {
   ~Buffer() { std::free(data_); }
   operator float*() const { return data_; }
   float* data() const { return data_; }
+  float* end() const { return data_ + size_; }
 
  private:
+  int64_t size_;
   float* data_;
 };
 
@@ -50,55 +54,61 @@ int rows_at_once(int64_t tokens, int64_t ld) {
 // Where the tokens of a window lie: the memory row of each, −1 for a padded one, and its mask region.
 class Window {
  public:
-  explicit Window(const Params& p) : p_(p), rows_(new int64_t[p.tokens]), labels_(new int[p.tokens]) {}
-  Window(const Window&) = delete;
-  Window& operator=(const Window&) = delete;
-  ~Window() {
-    delete[] rows_;
-    delete[] labels_;
+  explicit Window(const Params& p) : p_(p), rows_(size_t(p.tokens)), labels_(size_t(p.tokens)) {
+    for (int axis = 0; axis < 3; ++axis) axes_[axis].resize(size_t(p.window[axis]));
   }
 
   void move_to(int64_t index) {
     if (index == index_) return;
     index_ = index;
-    int64_t image = index / p_.windows, rest = index % p_.windows;
-    int64_t at[3] = {rest / (p_.count[1] * p_.count[2]), rest / p_.count[2] % p_.count[1], rest % p_.count[2]};
-    int n = 0;
+    const int64_t image = index / p_.windows, rest = index % p_.windows;
+    place(0, rest / (p_.count[1] * p_.count[2]));
+    place(1, rest / p_.count[2] % p_.count[1]);
+    place(2, rest % p_.count[2]);
+    size_t n = 0;
     masked_ = false;
-    for (int64_t z = 0; z < p_.window[0]; ++z) {
-      auto [row_z, label_z] = place(0, at[0], z);
-      for (int64_t y = 0; y < p_.window[1]; ++y) {
-        auto [row_y, label_y] = place(1, at[1], y);
-        for (int64_t x = 0; x < p_.window[2]; ++x, ++n) {
-          auto [row_x, label_x] = place(2, at[2], x);
-          bool inside = row_z >= 0 && row_y >= 0 && row_x >= 0;
-          rows_[n] = inside ? ((image * p_.size[0] + row_z) * p_.size[1] + row_y) * p_.size[2] + row_x : -1;
-          labels_[n] = label_z * 4 + label_y * 2 + label_x;
+    for (const Place& z : axes_[0])
+      for (const Place& y : axes_[1]) {
+        const int64_t line = ((image * p_.size[0] + z.at) * p_.size[1] + y.at) * p_.size[2];
+        for (const Place& x : axes_[2]) {
+          rows_[n] = z.at >= 0 && y.at >= 0 && x.at >= 0 ? line + x.at : -1;
+          labels_[n] = z.region * 4 + y.region * 2 + x.region;
           masked_ |= labels_[n] != labels_[0];
+          ++n;
         }
       }
-    }
   }
 
-  int64_t row(int n) const { return rows_[n]; }
-  int label(int n) const { return labels_[n]; }
+  int64_t row(int n) const { return rows_[size_t(n)]; }
+  int label(int n) const { return labels_[size_t(n)]; }
   bool masked() const { return masked_; }
 
  private:
-  // Coordinate on the map (−1: padding) and region bit of position t of the window's axis.
-  std::pair<int64_t, int> place(int axis, int64_t window, int64_t t) const {
-    int64_t rolled = window * p_.window[axis] + t, shift = p_.shift[axis];
-    int label = shift > 0 && rolled >= p_.padded[axis] - shift;
-    int64_t size = p_.size[axis];
-    if (p_.roll_first) return {rolled < size ? (rolled + shift) % size : -1, label};
-    int64_t at = (rolled + shift) % p_.padded[axis];
-    return {at < size ? at : -1, label};
+  struct Place {
+    int64_t at;  // coordinate on the map, −1 for padding
+    int region;
+  };
+
+  void place(int axis, int64_t window) {
+    const int64_t shift = p_.shift[axis], size = p_.size[axis], padded = p_.padded[axis];
+    int64_t rolled = window * p_.window[axis];
+    for (Place& place : axes_[axis]) {
+      place.region = shift > 0 && rolled >= padded - shift;
+      if (p_.roll_first) {
+        place.at = rolled < size ? (rolled + shift) % size : -1;
+      } else {
+        const int64_t at = (rolled + shift) % padded;
+        place.at = at < size ? at : -1;
+      }
+      ++rolled;
+    }
   }
 
   const Params& p_;
   int64_t index_ = -1;
-  int64_t* rows_;
-  int* labels_;
+  std::vector<Place> axes_[3];
+  std::vector<int64_t> rows_;
+  std::vector<int> labels_;
   bool masked_ = false;
 };
 
@@ -124,6 +134,7 @@ class Core {
         k_inverse(ld),
         row_max(ld),
         row_sum(ld),
+        ahead_(p),
         mask_(8 * int64_t(ld)) {
     for (float* rows : {q.data(), k.data(), v.data()})  // rows from N to ld stay zero for the transpositions
       std::fill(rows + int64_t(N) * Dp, rows + int64_t(ld) * Dp, 0.0f);
@@ -161,6 +172,25 @@ class Core {
     if (window.masked()) fill_mask();
   }
 
+  // Name the window to come and what its `heads` heads from `first_head` on read and write; `weights` then asks for
+  // these cache lines a token at a time. Windows are too small a run for the hardware to guess where the next begins.
+  struct Stream {
+    const void* base;
+    int parts;  // slices of all channels per token
+  };
+  void announce(int64_t index, int first_head, int heads, std::initializer_list<Stream> streams) {
+    ahead_.move_to(index);
+    lines_.clear();
+    first_head_ = first_head;
+    group_ = heads;
+    for (const Stream& stream : streams)
+      for (int part = 0; part < stream.parts; ++part)
+        lines_.push_back({static_cast<const char*>(stream.base) +
+                              (part * channels + int64_t(first_head) * D) * int64_t(sizeof(T)),
+                          stream.parts * channels * int64_t(sizeof(T))});
+  }
+  void announce_nothing() { lines_.clear(); }
+
   // logits[0..rows) = 2^(logit − max) for query rows from `first` on; row_max and row_sum are set, nothing is divided.
   void weights(int first, int rows) {
     const float* bias = p.logit_bias + head * p.bias_head_stride + int64_t(first) * ld;
@@ -173,6 +203,7 @@ class Core {
       } else {
         softmax_row<0>(row, mask, first + i);
       }
+      if (!lines_.empty()) prefetch(first + i);
     }
   }
 
@@ -193,6 +224,16 @@ class Core {
   float scale = 1.0f;
 
  private:
+  // The share of row n of the present head: all heads together walk through the coming tokens in memory order.
+  void prefetch(int n) const {
+    const int step = (head - first_head_) * N + n;
+    const int64_t row = ahead_.row(step / group_), bytes = D * int64_t(sizeof(T));
+    if (row < 0) return;
+    for (const Line& line : lines_)
+      for (int64_t at = 0; at < bytes; at += 64)
+        __builtin_prefetch(line.base + row * line.stride + step % group_ * bytes + at);
+  }
+
   void fill_row(const float* fill, int which, float* dst) const {
     for (int d = 0; d < Dp; ++d) dst[d] = fill && d < D ? fill[which * channels + d] : 0.0f;
   }
@@ -262,6 +303,13 @@ class Core {
     }
   }
 
+  struct Line {
+    const char* base;
+    int64_t stride;  // bytes from token to token
+  };
+  std::vector<Line> lines_;
+  int first_head_ = 0, group_ = 1;
+  Window ahead_;
   Buffer mask_;
 };
 
@@ -274,6 +322,8 @@ void forward(const Params& p, int64_t from, int64_t to) {
     int64_t index = task / p.heads;
     int h = int(task % p.heads);
     core.gather(index, h);
+    core.announce_nothing();
+    if ((index + 1) * p.heads < to) core.announce(index + 1, 0, p.heads, {{p.qkv, 3}, {p.out, 1}});
     T* base = static_cast<T*>(p.out) + int64_t(h) * D;
     for (int first = 0; first < N; first += core.block) {
       int rows = std::min(core.block, N - first);
@@ -315,129 +365,169 @@ struct TableIndex {
   }
 };
 
+// Gradient through x / max(|x|, eps), given the normalised row and 1 / max(|x|, eps); padded is a multiple of W.
+void through_norm(float* grad, const float* unit, float inverse, int padded) {
+  vf dot{};
+  for (int d = 0; d < padded; d += W) dot += load(grad + d) * load(unit + d);
+  float along = inverse < 1.0f / NORM_EPS ? sum_lanes(dot)[0] : 0.0f;
+  for (int d = 0; d < padded; d += W) store(grad + d, (load(grad + d) - load(unit + d) * along) * inverse);
+}
+
 template <typename T>
-void backward(const BackwardParams& b, int64_t from, int64_t to) {
-  const Params& p = b.forward;
-  Core<T> core(p);
-  const int N = core.N, D = core.D, Dp = core.Dp, ld = core.ld, block = core.block;
-  const int64_t C = core.channels;
-  const bool want_bias = b.want_table || b.want_dense;
-  Buffer v_t(int64_t(Dp) * ld), grad_o(int64_t(block) * Dp), grad_p(int64_t(block) * ld);
-  Buffer grad_q(int64_t(block) * Dp), grad_k(int64_t(ld) * Dp), grad_v(int64_t(ld) * Dp);
-  Buffer grad_bias(want_bias ? int64_t(N) * ld : 0);
-  Buffer keep(p.dropout ? int64_t(block) * ld : 0);
-  const int64_t total = p.batch * p.windows;
+class Backward {
+ public:
+  explicit Backward(const BackwardParams& b)
+      : b(b),
+        p(b.forward),
+        core(p),
+        N(core.N),
+        D(core.D),
+        Dp(core.Dp),
+        ld(core.ld),
+        block(core.block),
+        v_t(int64_t(Dp) * ld),
+        grad_o(int64_t(block) * Dp),
+        grad_logits(int64_t(block) * ld),
+        grad_q(int64_t(block) * Dp),
+        grad_k(int64_t(ld) * Dp),
+        grad_v(int64_t(ld) * Dp),
+        grad_bias(b.want_table || b.want_dense ? b.group_heads * N * ld : 0),
+        keep(p.dropout ? int64_t(block) * ld : 0) {}
 
-  for (int64_t task = from; task < to; ++task) {
-    const int h = int(task / b.chunks);
-    const int64_t chunk = task % b.chunks;
+  void run(int64_t task) {
+    const int64_t group = task / b.chunks, chunk = task % b.chunks, total = p.batch * p.windows;
     const int64_t begin = total * chunk / b.chunks, end = total * (chunk + 1) / b.chunks;
-    float* part_fill = b.part_qkv_bias ? b.part_qkv_bias + task * 3 * D : nullptr;
-    if (part_fill) std::fill(part_fill, part_fill + 3 * D, 0.0f);
-    if (want_bias) std::fill(grad_bias.data(), grad_bias + int64_t(N) * ld, 0.0f);
-    double grad_scale = 0.0;
-
-    // Write a finished gradient row to its token, or add it to what padded tokens hold.
-    auto emit = [&](int n, int which, const float* row, float mul) {
-      int64_t token = core.window.row(n);
-      if (token >= 0) {
-        store_row(static_cast<T*>(b.grad_qkv) + token * 3 * C + which * C + int64_t(h) * D, row, D, mul);
-      } else if (part_fill) {
-        for (int d = 0; d < D; ++d) part_fill[which * D + d] += row[d] * mul;
+    const int from = int(group * b.group_heads), to = std::min(p.heads, int(from + b.group_heads));
+    std::fill(grad_bias.data(), grad_bias.end(), 0.0f);
+    grad_scale.assign(size_t(to - from), 0.0);
+    if (b.part_qkv_bias)
+      for (int h = from; h < to; ++h) std::fill_n(b.part_qkv_bias + (h * b.chunks + chunk) * 3 * D, 3 * D, 0.0f);
+    for (int64_t index = begin; index < end; ++index)
+      for (int h = from; h < to; ++h) {
+        core.gather(index, h);
+        core.announce_nothing();
+        if (index + 1 < end)
+          core.announce(index + 1, from, to - from, {{p.qkv, 3}, {b.grad_out, 1}, {b.grad_qkv, 3}});
+        part_fill = b.part_qkv_bias ? b.part_qkv_bias + (h * b.chunks + chunk) * 3 * D : nullptr;
+        window(index, h, h - from);
       }
-    };
-    // Gradient through x / max(|x|, eps), given the normalised row and 1 / max(|x|, eps).
-    auto through_norm = [&](float* grad, const float* unit, float inverse) {
-      vf dot{};
-      for (int d = 0; d < Dp; d += W) dot += load(grad + d) * load(unit + d);
-      float along = inverse < 1.0f / NORM_EPS ? sum_lanes(dot)[0] : 0.0f;
-      for (int d = 0; d < Dp; d += W) store(grad + d, (load(grad + d) - load(unit + d) * along) * inverse);
-    };
-
-    for (int64_t index = begin; index < end; ++index) {
-      core.gather(index, h);
-      transpose(core.v, Dp, v_t, ld, ld, Dp, 1.0f);
-      const T* grad_out = static_cast<const T*>(b.grad_out) + int64_t(h) * D;
-      for (int first = 0; first < N; first += block) {
-        const int rows = std::min(block, N - first);
-        float* init_k = first ? grad_k.data() : nullptr;
-        float* init_v = first ? grad_v.data() : nullptr;
-        core.weights(first, rows);
-        for (int i = 0; i < rows; ++i) {
-          int64_t token = core.window.row(first + i);
-          float* row = grad_o + int64_t(i) * Dp;
-          if (token >= 0) {
-            load_row(grad_out + token * C, row, D, Dp);
-          } else {
-            std::fill(row, row + Dp, 0.0f);  // its output is thrown away
-          }
-        }
-        gemm({grad_o, Dp, 1, v_t, ld, grad_p, ld, nullptr, 0, D}, rows, ld / W);
-        for (int i = 0; i < rows; ++i) {
-          float* weight = core.logits + int64_t(i) * ld;
-          float* grad = grad_p + int64_t(i) * ld;
-          const float inverse = 1.0f / core.row_sum[first + i];
-          for (int j = N; j < ld; ++j) weight[j] = 0.0f;  // no key there, and 0 · grad stays 0
-          if (p.dropout) {
-            float* kept = keep + int64_t(i) * ld;
-            for (int j = 0; j < N; ++j) kept[j] = core.keep(index, first + i, j);
-            for (int j = N; j < ld; ++j) kept[j] = 0.0f;
-            for (int j = 0; j < ld; j += W) store(grad + j, load(grad + j) * load(kept + j));
-          }
-          vf dot{};
-          for (int j = 0; j < ld; j += W) {
-            vf w = load(weight + j) * inverse;
-            store(weight + j, w);
-            dot += w * load(grad + j);
-          }
-          dot = sum_lanes(dot);
-          for (int j = 0; j < ld; j += W) store(grad + j, load(weight + j) * (load(grad + j) - dot));
-          if (p.dropout)
-            for (int j = 0; j < ld; j += W)
-              store(weight + j, load(weight + j) * load(keep + int64_t(i) * ld + j));
-        }
-        if (want_bias)
-          for (int64_t e = int64_t(first) * ld, s = 0; s < int64_t(rows) * ld; e += W, s += W)
-            store(grad_bias + e, load(grad_bias + e) + load(grad_p + s));
-        gemm({core.logits, 1, ld, grad_o, Dp, grad_v, Dp, init_v, Dp, rows}, N, Dp / W);
-        gemm({grad_p, 1, ld, core.q + int64_t(first) * Dp, Dp, grad_k, Dp, init_k, Dp, rows}, N, Dp / W);
-        gemm({grad_p, ld, 1, core.k, Dp, grad_q, Dp, nullptr, 0, N}, rows, Dp / W);
-        for (int i = 0; i < rows; ++i) {
-          float* row = grad_q + int64_t(i) * Dp;
-          const float* unit = core.q + int64_t(first + i) * Dp;
-          if (p.head_scale) {
-            // row holds Σ_j dlogit · k̂_j: its product with q̂ is the gradient of the scale
-            vf dot{};
-            for (int d = 0; d < Dp; d += W) dot += load(row + d) * load(unit + d);
-            grad_scale += double(sum_lanes(dot)[0]);
-            through_norm(row, unit, core.q_inverse[first + i]);
-          }
-          emit(first + i, 0, row, core.scale);
-        }
-      }
-      for (int n = 0; n < N; ++n) {
-        float* row = grad_k + int64_t(n) * Dp;
-        if (p.head_scale) through_norm(row, core.k + int64_t(n) * Dp, core.k_inverse[n]);
-        emit(n, 1, row, core.scale);
-        emit(n, 2, grad_v + int64_t(n) * Dp, 1.0f);
-      }
-    }
-
-    if (b.part_head_scale) b.part_head_scale[task] = float(grad_scale);
-    if (b.want_table) {
-      float* part = b.part_bias + task * b.table_rows;
-      std::fill(part, part + b.table_rows, 0.0f);
-      TableIndex table(p.window);
-      for (int i = 0; i < N; ++i) {
-        const float* row = grad_bias + int64_t(i) * ld;
-        table.for_each_key(i, [&](int j, int64_t r) { part[r] += row[j]; });
-      }
-    } else if (b.want_dense) {
-      for (int i = 0; i < N; ++i)
-        std::memcpy(b.part_bias + (task * N + i) * N, grad_bias + int64_t(i) * ld, size_t(N) * sizeof(float));
+    for (int h = from; h < to; ++h) {
+      const int64_t part = h * b.chunks + chunk;
+      if (b.part_head_scale) b.part_head_scale[part] = float(grad_scale[size_t(h - from)]);
+      finish_bias(grad_bias + int64_t(h - from) * N * ld, part);
     }
   }
-}
+
+ private:
+  // One (window, head) that has been gathered; `slot` is the head's place in the task.
+  void window(int64_t index, int h, int slot) {
+    transpose(core.v, Dp, v_t, ld, ld, Dp, 1.0f);
+    for (int first = 0; first < N; first += block) {
+      const int rows = std::min(block, N - first);
+      const float* init_k = first ? grad_k.data() : nullptr;
+      const float* init_v = first ? grad_v.data() : nullptr;
+      core.weights(first, rows);
+      load_grad_out(h, first, rows);
+      gemm({grad_o, Dp, 1, v_t, ld, grad_logits, ld, nullptr, 0, D}, rows, ld / W);
+      for (int i = 0; i < rows; ++i) through_softmax(index, first + i, i);
+      if (b.want_table || b.want_dense) {
+        float* sum = grad_bias + (int64_t(slot) * N + first) * ld;
+        for (int64_t e = 0; e < int64_t(rows) * ld; e += W) store(sum + e, load(sum + e) + load(grad_logits + e));
+      }
+      gemm({core.logits, 1, ld, grad_o, Dp, grad_v, Dp, init_v, Dp, rows}, N, Dp / W);
+      gemm({grad_logits, 1, ld, core.q + int64_t(first) * Dp, Dp, grad_k, Dp, init_k, Dp, rows}, N, Dp / W);
+      gemm({grad_logits, ld, 1, core.k, Dp, grad_q, Dp, nullptr, 0, N}, rows, Dp / W);
+      for (int i = 0; i < rows; ++i) {
+        float* row = grad_q + int64_t(i) * Dp;
+        if (p.head_scale) {
+          // row holds Σ_j dlogit · k̂_j: its product with q̂ is the gradient of the scale
+          const float* unit = core.q + int64_t(first + i) * Dp;
+          vf dot{};
+          for (int d = 0; d < Dp; d += W) dot += load(row + d) * load(unit + d);
+          grad_scale[size_t(slot)] += double(sum_lanes(dot)[0]);
+          through_norm(row, unit, core.q_inverse[first + i], Dp);
+        }
+        emit(h, first + i, 0, row, core.scale);
+      }
+    }
+    for (int n = 0; n < N; ++n) {
+      float* row = grad_k + int64_t(n) * Dp;
+      if (p.head_scale) through_norm(row, core.k + int64_t(n) * Dp, core.k_inverse[n], Dp);
+      emit(h, n, 1, row, core.scale);
+      emit(h, n, 2, grad_v + int64_t(n) * Dp, 1.0f);
+    }
+  }
+
+  void load_grad_out(int h, int first, int rows) {
+    const T* base = static_cast<const T*>(b.grad_out) + int64_t(h) * D;
+    for (int i = 0; i < rows; ++i) {
+      const int64_t token = core.window.row(first + i);
+      float* row = grad_o + int64_t(i) * Dp;
+      if (token >= 0) {
+        load_row(base + token * core.channels, row, D, Dp);
+      } else {
+        std::fill(row, row + Dp, 0.0f);  // the output of a padded token is thrown away
+      }
+    }
+  }
+
+  // Row i of the block: weights become probabilities (after dropout), their gradients those of the logits.
+  void through_softmax(int64_t index, int n, int i) {
+    float* weight = core.logits + int64_t(i) * ld;
+    float* grad = grad_logits + int64_t(i) * ld;
+    float* kept = keep + int64_t(p.dropout ? i : 0) * ld;
+    const float inverse = 1.0f / core.row_sum[n];
+    for (int j = N; j < ld; ++j) weight[j] = 0.0f;  // no key there
+    if (p.dropout) {
+      for (int j = 0; j < N; ++j) kept[j] = core.keep(index, n, j);
+      for (int j = N; j < ld; ++j) kept[j] = 0.0f;
+      for (int j = 0; j < ld; j += W) store(grad + j, load(grad + j) * load(kept + j));
+    }
+    vf dot{};
+    for (int j = 0; j < ld; j += W) {
+      vf w = load(weight + j) * inverse;
+      store(weight + j, w);
+      dot += w * load(grad + j);
+    }
+    dot = sum_lanes(dot);
+    for (int j = 0; j < ld; j += W) store(grad + j, load(weight + j) * (load(grad + j) - dot));
+    if (p.dropout)
+      for (int j = 0; j < ld; j += W) store(weight + j, load(weight + j) * load(kept + j));
+  }
+
+  // Write a finished gradient row to its token, or add it to what padded tokens hold.
+  void emit(int h, int n, int which, const float* row, float mul) {
+    const int64_t token = core.window.row(n), C = core.channels;
+    if (token >= 0) {
+      store_row(static_cast<T*>(b.grad_qkv) + (token * 3 + which) * C + int64_t(h) * D, row, D, mul);
+    } else if (part_fill) {
+      for (int d = 0; d < D; ++d) part_fill[which * D + d] += row[d] * mul;
+    }
+  }
+
+  void finish_bias(const float* sum, int64_t part) {
+    if (b.want_table) {
+      float* out = b.part_bias + part * b.table_rows;
+      std::fill(out, out + b.table_rows, 0.0f);
+      TableIndex table(p.window);
+      for (int i = 0; i < N; ++i)
+        table.for_each_key(i, [&](int j, int64_t r) { out[r] += sum[int64_t(i) * ld + j]; });
+    } else if (b.want_dense) {
+      for (int i = 0; i < N; ++i)
+        std::memcpy(b.part_bias + (part * N + i) * N, sum + int64_t(i) * ld, size_t(N) * sizeof(float));
+    }
+  }
+
+  const BackwardParams& b;
+  const Params& p;
+  Core<T> core;
+  const int N, D, Dp, ld, block;
+  Buffer v_t, grad_o, grad_logits, grad_q, grad_k, grad_v;
+  Buffer grad_bias;  // (heads of the task, N, ld)
+  Buffer keep;
+  std::vector<double> grad_scale;
+  float* part_fill = nullptr;
+};
 
 }  // namespace
 
@@ -458,15 +548,23 @@ void expand_bias(const Params& p, const float* table, const float* dense, float*
 }
 
 void window_attention_forward(const Params& p, int64_t from, int64_t to) {
+  [[maybe_unused]] FlushSubnormals flush;
   if (p.dtype == Dtype::f32) forward<float>(p, from, to);
   if (p.dtype == Dtype::bf16) forward<bf16>(p, from, to);
   if (p.dtype == Dtype::f16) forward<fp16>(p, from, to);
 }
 
+template <typename T>
+static void run_backward(const BackwardParams& p, int64_t from, int64_t to) {
+  Backward<T> backward(p);
+  for (int64_t task = from; task < to; ++task) backward.run(task);
+}
+
 void window_attention_backward(const BackwardParams& p, int64_t from, int64_t to) {
-  if (p.forward.dtype == Dtype::f32) backward<float>(p, from, to);
-  if (p.forward.dtype == Dtype::bf16) backward<bf16>(p, from, to);
-  if (p.forward.dtype == Dtype::f16) backward<fp16>(p, from, to);
+  [[maybe_unused]] FlushSubnormals flush;
+  if (p.forward.dtype == Dtype::f32) run_backward<float>(p, from, to);
+  if (p.forward.dtype == Dtype::bf16) run_backward<bf16>(p, from, to);
+  if (p.forward.dtype == Dtype::f16) run_backward<fp16>(p, from, to);
 }
 
 }  // namespace accel::ACCEL_ISA

@@ -28,13 +28,14 @@ struct Params {
   float* lse;  // (B·windows, H, N)
 };
 
-// A backward task is one head and a fixed run of windows: the runs follow from shapes alone, so that sums have the
-// same order whatever the number of threads.
+// A backward task is a group of heads and a run of windows. Both follow from shapes alone, so that sums have the same
+// order whatever the number of threads.
 struct BackwardParams {
   Params forward;
   const void* grad_out;
   void* grad_qkv;
-  int64_t chunks;        // runs of windows; tasks = heads · chunks
+  int64_t groups, group_heads;  // heads in groups of group_heads, the last one shorter
+  int64_t chunks;               // runs of windows; tasks = groups · chunks
   bool want_table, want_dense;
   int64_t table_rows;
   float* part_bias;        // (H, chunks, table_rows) or (H, chunks, N, N) or null
