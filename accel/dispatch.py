@@ -111,7 +111,7 @@ def select(op: Op, args: Any, backend: str | None = None) -> Backend:
             raise NotImplementedError(f"{op.name}: backend {backend!r} cannot run this call: {reason}")
         return asked
     device = args[0].device.type
-    refused = []
+    refused: list[str] = []
     for candidate in op.backends:
         reason = candidate.why_not(args)
         if reason is None:

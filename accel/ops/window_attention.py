@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
 
 def sizes(qkv: Tensor, num_heads: int, window: Sequence[int]) -> Sizes:
     padded = [-(-qkv.shape[i + 1] // window[i]) * window[i] for i in range(3)]
-    windows = math.prod(padded[i] // window[i] for i in range(3))
+    windows = math.prod([padded[i] // window[i] for i in range(3)])
     return Sizes(
         qkv.shape[-1] // (3 * num_heads), math.prod(window), windows, (padded[0], padded[1], padded[2])
     )
@@ -358,7 +358,7 @@ def _prepare(
         raise ValueError(
             f"give bias_table or bias, not both: {tuple(bias_table.shape)=}, {tuple(bias.shape)=}"
         )
-    rows = math.prod(2 * w - 1 for w in window)
+    rows = math.prod([2 * w - 1 for w in window])
     if bias_table is not None and tuple(bias_table.shape) != (rows, num_heads):
         raise ValueError(
             f"bias_table must be ({rows}, {num_heads}) for {window_size=}, {num_heads=}, got {tuple(bias_table.shape)=}"
