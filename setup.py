@@ -74,24 +74,21 @@ class BuildNative(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         libraries = Path(torch.__file__).parent / "lib"
         includes = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
-        common = [
-            "-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
-            "-Wno-ignored-attributes", "-Wno-maybe-uninitialized", "-ffp-contract=fast", "-fno-math-errno", f"-ffile-prefix-map={ROOT}=.",
-        ]  # fmt: skip
+        warnings = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # last: gcc 12's headers
+        numerics = "-ffp-contract=fast -fno-math-errno"
+        common = f"-std=c++20 -O3 -fPIC -fvisibility=hidden {warnings} {numerics} -ffile-prefix-map={ROOT}=."
         binding = [
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DTORCH_STABLE_ONLY",
-            f'-DACCEL_TORCH_VERSION=\\"{torch.__version__}\\"', '-DACCEL_CUDA_ARCHS=\\"\\"',
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DTORCH_STABLE_ONLY",
+            f'-DACCEL_TORCH_VERSION=\\"{torch.__version__}\\" -DACCEL_CUDA_ARCHS=\\"\\"',
             *(f"-isystem {path}" for path in includes),
-        ]  # fmt: skip
+        ]
 
         levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else [PORTABLE]
         objects: list[str] = []
         with open(folder / "build.ninja", "w") as file:
             writer = ninja_syntax.Writer(file)
-            writer.rule(
-                "cxx", f"{compiler} -MMD -MF $out.d {' '.join(common)} $flags -c $in -o $out",
-                depfile="$out.d", deps="gcc", description="$out",
-            )  # fmt: skip
+            command = f"{compiler} -MMD -MF $out.d {common} $flags -c $in -o $out"
+            writer.rule("cxx", command, depfile="$out.d", deps="gcc", description="$out")
             writer.rule("link", f"{compiler} -shared $in $flags -o $out", description="$out")
             # Ascending levels: of an inline function emitted twice the linker keeps the first, the most portable.
             for name, width, flags in levels:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 log = logging.getLogger("accel")
 
 
@@ -29,6 +31,8 @@ class Backend:
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     devices: frozenset[str] = frozenset()
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    """Of the main tensors."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,13 @@ def _report_fallback(op: Op, chosen: Backend, refused: list[str]) -> None:
     text = f"{op.name} runs on the slower backend {chosen.name!r} because " + "; ".join(refused)
     if _settings.strict:
         raise NotImplementedError(text + " (strict mode)")
-    if (op.name, text) not in _said:
-        _said.add((op.name, text))
+    _say_once(op.name, text)
+
+
+@torch.compiler.assume_constant_result  # logging breaks a graph; said while tracing, it is said once all the same
+def _say_once(name: str, text: str) -> None:
+    if (name, text) not in _said:
+        _said.add((name, text))
         log.warning("%s", text)
 
 
@@ -171,3 +180,9 @@ def leaf(module: str) -> tuple[Any, str | None]:
         except Exception as error:  # any failure of a leaf is a reason, never a crash of the library
             _leaves[module] = (None, f"{module} did not load: {type(error).__name__}: {error}")
     return _leaves[module]
+
+
+@torch.compiler.assume_constant_result  # an import cannot be traced, and its outcome does not change
+def leaf_reason(module: str) -> str | None:
+    """Why ``module`` would not load, None where it did."""
+    return leaf(module)[1]

@@ -45,9 +45,7 @@ class Sizes(NamedTuple):
 def sizes(qkv: Tensor, num_heads: int, window: Sequence[int]) -> Sizes:
     padded = [-(-qkv.shape[i + 1] // window[i]) * window[i] for i in range(3)]
     windows = math.prod([padded[i] // window[i] for i in range(3)])
-    return Sizes(
-        qkv.shape[-1] // (3 * num_heads), math.prod(window), windows, (padded[0], padded[1], padded[2])
-    )
+    return Sizes(qkv.shape[-1] // (3 * num_heads), math.prod(window), windows, (padded[0], padded[1], padded[2]))
 
 
 # --- the definition ---
@@ -177,7 +175,7 @@ def _why_not_kernel(args: Args, max_head_dim: int) -> str | None:
 def _why_not_cpu(args: Args) -> str | None:
     if args.qkv.device.type != "cpu":
         return f"the tensors are on {args.qkv.device.type}"
-    return dispatch.leaf("accel._C")[1] or _why_not_kernel(args, 128)
+    return dispatch.leaf_reason("accel._C") or _why_not_kernel(args, 128)
 
 
 def _fp32(*small: Tensor | None) -> list[Tensor | None]:
@@ -195,10 +193,10 @@ def _cpu_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *args
 
 
 def _why_not_triton(args: Args) -> str | None:
-    module, reason = dispatch.leaf("accel.kernels.window_attention")
+    reason = dispatch.leaf_reason("accel.kernels.window_attention")
     if reason is not None:
         return reason
-    return module.why_not(args) or _why_not_kernel(args, 128)
+    return dispatch.leaf("accel.kernels.window_attention")[0].why_not(args) or _why_not_kernel(args, 128)
 
 
 def _triton_forward(*args: Any) -> Any:
@@ -355,9 +353,7 @@ def _prepare(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p=}")
     tokens = math.prod(window)
     if bias_table is not None and bias is not None:
-        raise ValueError(
-            f"give bias_table or bias, not both: {tuple(bias_table.shape)=}, {tuple(bias.shape)=}"
-        )
+        raise ValueError(f"give bias_table or bias, not both: {tuple(bias_table.shape)=}, {tuple(bias.shape)=}")
     rows = math.prod([2 * w - 1 for w in window])
     if bias_table is not None and tuple(bias_table.shape) != (rows, num_heads):
         raise ValueError(
@@ -478,9 +474,12 @@ def window_attention(
     )
     chosen = dispatch.select(OP, args, backend)
     if chosen.name == "reference" or args.qkv.numel() == 0:
-        out = reference(*args)[0]
-    else:
+        with torch.autocast(qkv.device.type, enabled=False):  # it computes in fp32 on purpose
+            out = reference(*args)[0]
+    elif torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
         out = _WindowAttention.apply(*args, chosen.name)[0]
+    else:  # torch.compile cannot trace the Function where nothing requires a gradient
+        out = _forward_op(*args, chosen.name)[0]
     return out if qkv.dim() == 5 else out.squeeze(1)
 
 
@@ -495,8 +494,10 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"})),
-            dispatch.Backend("triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"})),
+            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend(
+                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+            ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -198,13 +198,17 @@ inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, in
 
 // --- powers and logarithms of two ---
 
-// 2^x for x <= 0, relative error below 2e-7; −∞ gives a number below 2e-38, a NaN stays one.
+// 2^x for x <= 0, relative error below 2e-7; 0 below −126 and at −∞, a NaN stays one.
 inline vf exp2_nonpositive(vf x) {
-  vf low = splat(-126.0f);
-  x = x < low ? low : x;
-  vf shifted = x + 12582912.0f;  // 1.5 · 2^23: the integer part lands in the low bits
+#if defined(__AVX512F__)
+  const vf low = splat(-200.0f);  // scalef underflows to 0 by itself
+#else
+  const vf low = splat(-126.0f);
+#endif
+  vf clamped = x < low ? low : x;
+  vf shifted = clamped + 12582912.0f;  // 1.5 · 2^23: the integer part lands in the low bits
   vf n = shifted - 12582912.0f;
-  vf f = x - n;
+  vf f = clamped - n;
   vf p = splat(1.326472707e-3f);  // relative minimax fit of degree 5 on [−1/2, 1/2], exact at 0
   p = p * f + 9.671512649e-3f;
   p = p * f + 5.550733744e-2f;
@@ -215,6 +219,7 @@ inline vf exp2_nonpositive(vf x) {
   return reinterpret_cast<vf>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
 #else
   vf y = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + (reinterpret_cast<vi>(shifted) << 23));
+  y = x < low ? vf{} : y;
   return x == x ? y : x;
 #endif
 }

@@ -1,0 +1,192 @@
+"""Choosing a backend: the order, the reasons, the settings, and what torch.compile makes of them."""
+
+import logging
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import accel
+from accel import dispatch
+from accel.dispatch import Backend, Op
+
+
+class Args(NamedTuple):
+    x: torch.Tensor
+
+
+def refuses(reason):
+    return lambda args: reason
+
+
+def toy(*backends):
+    return Op("toy", lambda x: Args(x), backends, lambda device, dtype: ((torch.zeros(1),), {}))
+
+
+def backend(name, reason=None, devices=("cpu",)):
+    return Backend(name, refuses(reason), lambda *args: name, None, frozenset(devices))
+
+
+ARGS = Args(torch.zeros(2))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(dispatch, "_said", set())
+
+
+def test_the_first_that_can_runs():
+    op = toy(backend("far", "the tensors are on cpu", devices=["cuda"]), backend("near"), backend("reference"))
+    assert dispatch.select(op, ARGS).name == "near"
+    assert dispatch.reasons(op, ARGS) == {"far": "the tensors are on cpu", "near": None, "reference": None}
+
+
+def test_one_asked_for_runs_or_says_why_not():
+    op = toy(backend("fast"), backend("slow"), backend("broken", "it lacks a part"))
+    assert dispatch.select(op, ARGS, "slow").name == "slow"
+    with pytest.raises(NotImplementedError, match="toy: backend 'broken' cannot run this call: it lacks a part"):
+        dispatch.select(op, ARGS, "broken")
+    with pytest.raises(ValueError, match="toy has no backend 'other'; it has fast, slow, broken"):
+        dispatch.select(op, ARGS, "other")
+
+
+def test_all_refusing_lists_every_reason():
+    op = toy(backend("one", "no A"), backend("two", "no B"))
+    with pytest.raises(NotImplementedError, match=r"no backend can run this call; one: no A; two: no B"):
+        dispatch.select(op, ARGS)
+
+
+def test_a_fallback_is_said_once(caplog):
+    op = toy(backend("fast", "it lacks a part"), backend("slow"))
+    with caplog.at_level(logging.WARNING, "accel"):
+        for _ in range(3):
+            assert dispatch.select(op, ARGS).name == "slow"
+    assert [r.getMessage() for r in caplog.records] == [
+        "toy runs on the slower backend 'slow' because fast: it lacks a part"
+    ]
+
+
+def test_another_device_is_no_fallback(caplog):
+    op = toy(backend("gpu", "the tensors are on cpu", devices=["cuda"]), backend("slow"))
+    with caplog.at_level(logging.WARNING, "accel"), accel.use(strict=True):
+        assert dispatch.select(op, ARGS).name == "slow"
+    assert not caplog.records
+
+
+def test_strict_makes_a_fallback_an_error():
+    op = toy(backend("fast", "it lacks a part"), backend("slow"))
+    with accel.use(strict=True):
+        with pytest.raises(NotImplementedError, match=r"'slow' because fast: it lacks a part \(strict mode\)"):
+            dispatch.select(op, ARGS)
+        with accel.use(strict=False):
+            assert dispatch.select(op, ARGS).name == "slow"
+        assert dispatch.select(op, ARGS, "slow").name == "slow", "asked for by name, it is no fallback"
+
+
+def test_use_nests_and_is_undone_by_an_error():
+    op = toy(backend("cpu"), backend("triton"), backend("reference"))
+    with accel.use(backend="reference"):
+        assert dispatch.select(op, ARGS).name == "reference"
+        with accel.use(backend="triton", strict=True):
+            assert dispatch.select(op, ARGS).name == "triton"
+        with accel.use(strict=True):
+            assert dispatch.select(op, ARGS).name == "reference", "what is not named is inherited"
+        assert dispatch.select(op, ARGS, "cpu").name == "cpu", "the call's own word goes first"
+    with pytest.raises(ZeroDivisionError), accel.use(backend="reference", strict=True):
+        raise ZeroDivisionError
+    assert dispatch.select(op, ARGS).name == "cpu"
+    assert not dispatch._settings.strict
+
+
+def test_use_of_an_unknown_backend():
+    with pytest.raises(ValueError, match="no op has a backend 'gpu'; known: cpu, "), accel.use(backend="gpu"):
+        pass
+
+
+def test_use_passes_over_an_op_without_that_backend():
+    with accel.use(backend="triton"):
+        assert dispatch.select(toy(backend("only")), ARGS).name == "only"
+
+
+def test_a_leaf_keeps_what_kept_it_from_loading(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch, "_leaves", {})
+    (tmp_path / "broken_leaf.py").write_text("raise OSError('undefined symbol: _Z3foov')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        module, reason = dispatch.leaf("broken_leaf")
+        assert module is None
+        assert reason == "broken_leaf did not load: OSError: undefined symbol: _Z3foov"
+    assert dispatch.leaf("json")[1] is None
+
+
+def test_explain_marks_what_would_run(monkeypatch):
+    monkeypatch.setitem(dispatch._leaves, "accel._C", (None, "accel._C did not load: ImportError: no such file"))
+    qkv = torch.zeros(1, 4, 4, 24)
+    text = accel.explain(accel.window_attention, qkv, num_heads=2, window_size=(4, 4))
+    assert text.splitlines()[0] == "window_attention:"
+    assert "    cpu: accel._C did not load: ImportError: no such file" in text.splitlines()
+    assert any(line.startswith(" ->") for line in text.splitlines())
+    asked = accel.explain(accel.window_attention, qkv, num_heads=2, window_size=(4, 4), backend="reference")
+    assert " -> reference: can run this call" in asked.splitlines()
+    with accel.use(backend="reference"):
+        assert " -> reference:" in accel.explain(accel.window_attention, qkv, num_heads=2, window_size=(4, 4))
+    with pytest.raises(ValueError, match="relu is no op of accel; ops: window_attention"):
+        accel.explain(torch.relu, qkv)
+
+
+def test_the_reason_of_a_missing_part_reaches_the_caller(monkeypatch):
+    monkeypatch.setitem(dispatch._leaves, "accel._C", (None, "accel._C did not load: ImportError: no such file"))
+    with pytest.raises(NotImplementedError, match=r"'cpu' cannot run this call: accel\._C did not load.*no such file"):
+        accel.window_attention(torch.zeros(1, 4, 4, 24), num_heads=2, window_size=(4, 4), backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qkv": torch.zeros(1, 4, 4, 24, dtype=torch.float64)}, "not torch.float64"),
+        ({"qkv": torch.zeros(1, 4, 4, 36)}, "head sizes that are a multiple of 4 up to 128, not 6"),
+        ({"qkv": torch.zeros(1, 4, 4, 6 * 132)}, "head sizes that are a multiple of 4 up to 128, not 132"),
+    ],
+)
+def test_kernels_refuse_what_they_do_not_compute(monkeypatch, change, words):
+    monkeypatch.setitem(dispatch._leaves, "accel._C", (object(), None))
+    call = {"num_heads": 2, "window_size": (4, 4), **change}
+    with pytest.raises(NotImplementedError, match=words):
+        accel.window_attention(**call, backend="cpu")
+    assert accel.window_attention(**call, backend="reference").dtype == change["qkv"].dtype
+
+
+COLD_COMPILE = """
+import sys
+import torch
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in BLOCKED:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Block())
+import accel
+
+qkv = torch.randn(1, 5, 6, 24)
+call = lambda x: accel.window_attention(x, num_heads=2, window_size=(4, 4), shift_size=(1, 1))
+compiled = torch.compile(call, backend="eager", fullgraph=True)
+for grad in (False, True):
+    torch._dynamo.reset()
+    got = compiled(qkv.clone().requires_grad_(grad))
+    assert torch.equal(got, call(qkv)), (got - call(qkv)).abs().max()
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize("blocked", [(), ("accel._C", "triton")], ids=["as it is", "only the reference"])
+def test_compiling_before_any_call(blocked):
+    """What is imported, logged or cached at the first call happens under the compiler's eyes here."""
+    code = COLD_COMPILE.replace("BLOCKED", repr(blocked))
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert child.stdout.splitlines()[-1] == "compiled"
+    if blocked:
+        assert child.stderr.count("runs on the slower backend 'reference' because cpu: accel._C did not load") == 1

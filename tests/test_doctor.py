@@ -1,0 +1,201 @@
+"""The doctor must speak where all else fails, and tell the machine that runs from the one that does not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from accel import dispatch, doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKER = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in {blocked!r}:
+            raise ImportError(f"{{name}} is blocked")
+
+sys.meta_path.insert(0, Block())
+sys.argv[0] = {script!r}
+sys.path.insert(0, {folder!r})
+import runpy
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def run(*arguments, blocked=()):
+    """The doctor in a process of its own, by its path, with some imports failing."""
+    script = str(ROOT / "accel" / "doctor.py")
+    code = BLOCKER.format(blocked=tuple(blocked), script=script, folder=str(ROOT / "accel"))
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd="/")
+
+
+@pytest.fixture
+def works(monkeypatch):
+    """A native extension that loads, whether or not this machine has one."""
+
+    class Extension:
+        @staticmethod
+        def build_info():
+            return {"compiler": "g++ 12", "isa_built": ["portable", "avx2"], "isa": "avx2", "cuda_archs": ""}
+
+    monkeypatch.setitem(dispatch._leaves, "accel._C", (Extension, None))
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    why = "accel._C did not load: ImportError: undefined symbol: aoti_torch_x"
+    monkeypatch.setitem(dispatch._leaves, "accel._C", (None, why))
+
+
+def ask(capsys, *arguments):
+    code = doctor.main(list(arguments))
+    return code, capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("works")
+def test_well(capsys):
+    code, text = ask(capsys)
+    assert code == 0
+    assert "window_attention on cpu\n  cpu        yes\n" in text
+    assert "isa_built       portable, avx2" in text
+    assert "PROBLEM" not in text
+
+
+@pytest.mark.usefixtures("works")
+def test_json_is_the_same_report(capsys):
+    code, text = ask(capsys, "--json")
+    report = json.loads(text)
+    assert code == 0
+    assert report["versions"]["accel"] == doctor.installed("accel-kernels") or report["versions"]["accel"]
+    assert report["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert report["ops"]["window_attention"]["cpu"]["cpu"] == dict.fromkeys(doctor.DTYPES)
+    assert set(report["ops"]) == set(dispatch.OPS)
+    assert report["extension"]["build"]["isa"] == "avx2"
+    assert report["cpu"]["torch_level"]
+
+
+@pytest.mark.usefixtures("broken")
+def test_a_broken_extension_is_a_problem_with_one_command(capsys):
+    code, text = ask(capsys)
+    assert code == 1
+    assert "native extension  not loaded: accel._C did not load: ImportError: undefined symbol: aoti_torch_x" in text
+    assert "  cpu        no: accel._C did not load" in text
+    assert "  reference  yes" in text
+    assert "PROBLEM: window_attention on cpu has only slow backends (cpu: accel._C did not load" in text
+    problem = json.loads(ask(capsys, "--json")[1])["problems"][-1]
+    assert problem["mend"].endswith("setup.py build_ext --inplace")
+    assert str(ROOT) in problem["mend"]
+
+
+@pytest.mark.usefixtures("broken")
+def test_the_failed_build_is_told(capsys, monkeypatch, tmp_path):
+    (tmp_path / "_build_log.txt").write_text("ninja: build stopped\nthe native extension was not built: no compiler\n")
+    (tmp_path / "_version.py").write_text('__version__ = "9.9"\n')
+    monkeypatch.setattr(doctor, "ROOT", tmp_path)
+    monkeypatch.setattr(doctor, "compiler", lambda: None)
+    code, text = ask(capsys)
+    assert code == 1
+    assert "build log" in text
+    assert "the native extension was not built: no compiler" in text
+    assert "to mend: install a C++20 compiler" in text
+    assert "pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir accel-kernels" in text
+    assert "9.9" in text
+
+
+@pytest.mark.usefixtures("works")
+def test_an_op_that_cannot_be_asked_is_a_problem(capsys, monkeypatch):
+    def broken_example(device, dtype):
+        raise RuntimeError("example fell over")
+
+    op = dispatch.OPS["window_attention"]
+    monkeypatch.setitem(dispatch.OPS, "window_attention", dispatch.Op(op.name, op.prepare, op.backends, broken_example))
+    code, text = ask(capsys)
+    assert code == 1
+    assert "window_attention on cpu in float32 cannot be asked: RuntimeError: example fell over" in text
+
+
+@pytest.mark.usefixtures("works")
+def test_cpu_torch_beside_a_cuda_torchvision_is_named(capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is not None:
+        pytest.skip("torch is built for CUDA here")
+    monkeypatch.setattr(doctor, "built_for_cuda", lambda package: "cu130" if package == "torchvision" else None)
+    code, text = ask(capsys)
+    assert code == 0, "accel itself runs"
+    assert "note: torchvision is built for CUDA (cu130) and torch" in text
+    assert (
+        "pip install --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu" in text
+    )
+    monkeypatch.setattr(doctor, "built_for_cuda", lambda package: None)
+    assert "torchvision is built for CUDA" not in ask(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("__version__ = '0.28.0+cu130'\n", "cu130"),
+        ('__version__: str = "0.28.0+cu126"\n', "cu126"),
+        ("__version__ = '0.28.0+cpu'\n", None),
+        ("__version__ = '0.28.0'\ncuda = '13.0'\n", None),
+        ("", None),
+    ],
+)
+def test_a_package_is_told_by_its_version_file_and_not_imported(version, expected, tmp_path, monkeypatch):
+    package = tmp_path / "some_vision"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (package / "version.py").write_text(version)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.built_for_cuda("some_vision") == expected
+    assert doctor.built_for_cuda("no_such_package") is None
+
+
+def test_a_gpu_with_a_cpu_torch_is_named(capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    if torch.version.cuda is not None:
+        pytest.skip("torch is built for CUDA here")
+    seen = doctor.first_line
+    monkeypatch.setattr(
+        doctor, "first_line", lambda *c, **k: "GPU 0: NVIDIA H200" if c[0] == "nvidia-smi" else seen(*c, **k)
+    )
+    assert "note: this machine has GPU 0: NVIDIA H200 but torch" in ask(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("blocked", "words"),
+    [
+        (["torch"], "PROBLEM: torch does not import: ImportError: torch is blocked"),
+        (["accel.ops.window_attention"], "does not import: ImportError: accel.ops.window_attention is blocked"),
+        (["accel.dispatch"], "PROBLEM: accel does not import: ImportError: accel.dispatch is blocked"),
+        (["accel._C", "triton"], "native extension  not loaded: accel._C did not load: ImportError: accel._C"),
+    ],
+    ids=["torch", "an op", "the frame", "extension and triton"],
+)
+def test_whatever_is_missing_it_speaks(blocked, words):
+    result = run(blocked=blocked)
+    assert result.returncode == 1, result.stderr
+    assert words in result.stdout
+    assert "to mend: " in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "python  " in result.stdout
+
+
+def test_as_a_command():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "accel", "doctor", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment)
+    report = json.loads(result.stdout)
+    fatal = [p for p in report["problems"] if p["fatal"]]
+    assert result.returncode == (1 if fatal else 0), result.stderr
+    assert report["ops"]["window_attention"]["cpu"]["reference"] == dict.fromkeys(doctor.DTYPES)
+
+
+def test_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        doctor.main(["--jsn"])
+    assert "--jsn" in capsys.readouterr().err
