@@ -1,0 +1,254 @@
+"""The machine under the benchmark: allocator, peak memory, load from others, measured ceilings, and what to record."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MIB = 1 << 20
+ROOT = Path(__file__).resolve().parent.parent
+
+# --- allocator ---
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_LARGEST_MMAP_THRESHOLD = 32 * MIB  # glibc refuses more
+
+
+def _libc() -> Any | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def pin_allocator() -> str:
+    """Keep freed memory in the process, for all providers alike, and say what was set.
+
+    Left alone, glibc gives every large tensor fresh pages and takes them back, and the page faults (up to 0.4 ms a
+    megabyte) would be most of what is measured; a run's first provider would also move the threshold for the others.
+    """
+    libc = _libc()
+    if libc is None:
+        return f"{platform.libc_ver()[0] or sys.platform}: as it is (mallopt is glibc's)"
+    settings = {
+        "M_MMAP_THRESHOLD": (_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
+        "M_MMAP_MAX": (_M_MMAP_MAX, 0),
+        "M_TRIM_THRESHOLD": (_M_TRIM_THRESHOLD, 2**31 - 1),
+    }
+    done = [f"{name}={value}" for name, (key, value) in settings.items() if libc.mallopt(key, value) == 1]
+    return "glibc mallopt " + " ".join(done)
+
+
+# --- peak memory of one call ---
+
+
+def _resident_peak() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def peak_memory(call: Callable[[], object], device: str) -> float | None:
+    """MiB that ``call`` needs at its worst moment beyond what is held before it; None where it cannot be known."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB
+    libc = _libc()
+    if libc is None:
+        return None
+    libc.malloc_trim(0)  # free pages that stay resident would hide what the call takes
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to what is resident now
+        before = _resident_peak()
+        call()
+        return (_resident_peak() - before) / MIB
+    except OSError:
+        return None
+
+
+# --- load from others ---
+
+
+class Load:
+    """How many cores other processes kept busy since it was made, from the system's and our own CPU time."""
+
+    def __init__(self) -> None:
+        self._start = (time.perf_counter(), self._busy(), self._own())
+
+    @staticmethod
+    def _busy() -> float:
+        try:
+            fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        except OSError:
+            return 0.0
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields)
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _own() -> float:
+        return time.process_time()
+
+    def others(self) -> float:
+        wall, busy, own = self._start
+        elapsed = time.perf_counter() - wall
+        if elapsed <= 0:
+            return 0.0
+        return max(0.0, ((self._busy() - busy) - (self._own() - own)) / elapsed)
+
+
+# --- ceilings ---
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine was measured to do at best, in bytes and FLOPs a second."""
+
+    copy: tuple[tuple[int, float], ...]  # (bytes moved, bytes a second), ascending
+    matmul: dict[str, float]  # dtype name -> FLOP a second
+
+    def bandwidth(self, moved: int) -> float:
+        """The copy bandwidth at this size: what fits a cache is held against the cache."""
+        for size, rate in self.copy:
+            if moved <= size:
+                return rate
+        return self.copy[-1][1]
+
+    def floor_ms(self, flops: int, moved: int, dtype: str) -> float:
+        """The least time for this work: the slower of moving the bytes and of multiplying."""
+        return 1e3 * max(moved / self.bandwidth(moved), flops / self.matmul[dtype])
+
+
+def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> float:
+    best, end = float("inf"), time.perf_counter() + seconds
+    call()
+    while time.perf_counter() < end or best == float("inf"):
+        if device == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            took = start.elapsed_time(stop) / 1e3
+        else:
+            begin = time.perf_counter()
+            call()
+            took = time.perf_counter() - begin
+        best = min(best, took)
+    return best
+
+
+def measure_ceilings(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.25) -> Ceilings:
+    """Time copies and square matrix products; a call's best time counts, since a ceiling is wanted."""
+    sizes = (2048 * MIB,) if device == "cuda" else (2 * MIB, 8 * MIB, 32 * MIB, 128 * MIB, 512 * MIB)
+    copy = []
+    for size in sizes:
+        source = torch.ones(size // 8, device=device)
+        target = torch.empty_like(source)
+        took = _best_seconds(lambda t=target, s=source: t.copy_(s), device, seconds / 2)  # type: ignore[misc]
+        copy.append((size, size / took))
+    matmul = {}
+    n = 8192 if device == "cuda" else 1024
+    for dtype in dtypes:
+        a = torch.randn(n, n, device=device, dtype=dtype)
+        b, out = torch.randn_like(a), torch.empty_like(a)
+        took = _best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds)  # type: ignore[misc]
+        matmul[dtype_name(dtype)] = 2 * n**3 / took
+    return Ceilings(tuple(copy), matmul)
+
+
+# --- what to record ---
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "present, version unknown"
+
+
+def _commit() -> str | None:
+    if not (ROOT / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return None
+    try:
+        run = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*run, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        dirty = subprocess.run(
+            [*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + (" and changes" if dirty.strip() else "")
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def environment(device: str, seed: int, allocator: str, command: str) -> dict[str, Any]:
+    """Everything a reader needs to place a number or to get it again."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "device": device,
+        "device name": device_name(device),
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "allocator": allocator,
+        "seed": seed,
+        "commit": _commit(),
+        "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",
+        "python": platform.python_version(),
+        "accel": _accel_version(),
+        "torch": str(torch.__version__),
+        "CUDA of torch": torch.version.cuda,
+    }
+    for package in ("triton", "torchvision", "timm", "transformers"):
+        facts[package] = _version(package)
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts["compute capability"] = f"{properties.major}.{properties.minor}"
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["GPU memory"] = f"{properties.total_memory / 2**30:.0f} GiB"
+    return facts
+
+
+def _accel_version() -> str:
+    import accel
+
+    return accel.__version__

@@ -1,0 +1,608 @@
+"""Measuring: providers interleaved in one process, each proven right before it is timed.
+
+A benchmark file describes :class:`Case`s (what is computed, by whom, at what cost) and :class:`Goal`s. ``run_case``
+turns a case into :class:`Row`s, one per mode and provider. Nothing here knows any op.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from accel.benchmarks._machine import Ceilings, Load, cores, dtype_name, peak_memory
+from accel.testing import TOLERANCES, Tolerance
+
+OURS = "accel"
+SPREAD = 1.3  # p80/p20 beyond which a row is measured again
+# The tolerance table is for kernels that round once. Rivals round every intermediate to the dtype: they may be four
+# times as far off in the mean, and in half precision their single rows (measured up to 0.1 off, in the bias table's
+# gradient) are not held; their fp32 rows are, and show that they compute the same function.
+RIVAL_SLACK = 4.0
+LARGE = 1 << 26  # elements of an input beyond which the reference is fp32: fp64 would take eight times the input
+MODES = ("forward", "backward", "forward+backward")
+
+
+# --- what a benchmark file describes ---
+
+
+class UnavailableError(Exception):
+    """Raised by a provider's ``build``: the sentence is what its row shows in place of a speed."""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """Somebody's way to compute a case. ``build`` may take long (compile) or raise; ``backend`` names what runs."""
+
+    name: str
+    build: Callable[[], Callable[..., Tensor]]
+    backend: Callable[..., str] = lambda *inputs: ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of one call: FLOPs (a multiply-add is two) and bytes that must move."""
+
+    flops: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and dtype of an op. The inputs are all differentiable; the reference takes them in any dtype."""
+
+    op: str
+    group: str
+    variant: str
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[torch.Generator], tuple[Tensor, ...]]
+    reference: Callable[..., Tensor]
+    providers: tuple[Provider, ...]
+    costs: Mapping[str, Cost]  # mode -> cost; its keys are the modes to measure
+    family: str  # of accel.testing.TOLERANCES; gradients are judged by family + "_grad"
+
+    @property
+    def label(self) -> str:
+        return " ".join(x for x in (self.group, self.variant, dtype_name(self.dtype)) if x)
+
+
+@dataclass
+class Row:
+    """One provider in one mode of one case. Times are missing where the result was wrong or there was none."""
+
+    op: str
+    group: str
+    variant: str
+    shape: str
+    dtype: str
+    mode: str
+    device: str
+    provider: str
+    backend: str = ""
+    status: str = "ok"  # ok, FAIL (wrong result), unavailable
+    reason: str = ""
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    cpu_ms: float | None = None  # CPU time of a call over all threads; on a GPU the host's time to launch it
+    samples: int = 0
+    attempts: int = 0
+    disturbed: str = ""
+    tflops: float | None = None
+    gbs: float | None = None
+    floor_ms: float | None = None  # what the measured ceilings would allow
+    of_ceiling: float | None = None  # floor_ms / p50_ms
+    peak_mib: float | None = None
+    error: float | None = None  # relative RMS, the worst of output and gradients
+    calls: int | None = None  # calls of our op inside a patched model, a forward pass
+    command: str = ""
+
+    @property
+    def label(self) -> str:
+        return " ".join(x for x in (self.group, self.variant, self.dtype) if x)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to look. A row ends once it has ``rounds`` and ``seconds``, or ``most`` rounds."""
+
+    warmup: int
+    rounds: int
+    seconds: float
+    most: int
+    retries: int
+
+
+QUICK = Effort(warmup=1, rounds=7, seconds=0.2, most=40, retries=1)
+NORMAL = Effort(warmup=2, rounds=15, seconds=0.8, most=150, retries=2)
+FULL = Effort(warmup=3, rounds=30, seconds=3.0, most=500, retries=2)
+
+
+# --- timing ---
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: ``prepare`` runs before every call and is not timed."""
+
+    name: str
+    call: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    wall: float  # seconds
+    cpu: float  # seconds over all threads
+    own: float  # seconds of the calling thread
+
+
+class Clock(Protocol):
+    def warm(self, contender: Contender) -> None: ...
+
+    def time(self, contender: Contender) -> Sample: ...
+
+
+class CpuClock:
+    """Wall time beside the CPU time of the process and of the calling thread."""
+
+    def warm(self, contender: Contender) -> None:
+        if contender.prepare is not None:
+            contender.prepare()
+        contender.call()
+
+    def time(self, contender: Contender) -> Sample:
+        if contender.prepare is not None:
+            contender.prepare()
+        own, cpu, wall = time.thread_time(), time.process_time(), time.perf_counter()
+        contender.call()
+        wall = time.perf_counter() - wall
+        return Sample(wall, time.process_time() - cpu, time.thread_time() - own)
+
+
+class CudaClock:
+    """Events around a call on a cold L2.
+
+    The flush before a call is repeated until it outlasts the host's time to launch the call, so that the device never
+    waits for Python and every provider is timed by its kernels; ``cpu`` is the host's time, shown beside.
+    """
+
+    def __init__(self) -> None:
+        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
+        self._scratch = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device="cuda")
+        self._flushes: dict[str, int] = {}
+        self._flush_seconds = self._timed(self._scratch.zero_)[0]
+        self._flush_seconds = self._timed(self._scratch.zero_)[0]
+
+    @staticmethod
+    def _timed(call: Callable[[], object]) -> tuple[float, float]:
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        host = time.perf_counter()
+        call()
+        host = time.perf_counter() - host
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3, host
+
+    def warm(self, contender: Contender) -> None:
+        if contender.prepare is not None:
+            contender.prepare()
+        torch.cuda.synchronize()
+        host = self._timed(contender.call)[1]
+        self._flushes[contender.name] = min(64, 1 + math.ceil(1.5 * host / self._flush_seconds))
+
+    def time(self, contender: Contender) -> Sample:
+        if contender.prepare is not None:
+            contender.prepare()
+        for _ in range(self._flushes.get(contender.name, 1)):
+            self._scratch.zero_()
+        device, host = self._timed(contender.call)
+        return Sample(device, host, host)
+
+
+def make_clock(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else CpuClock()
+
+
+@dataclass(frozen=True)
+class Timing:
+    p20: float  # seconds
+    p50: float
+    p80: float
+    cpu: float  # seconds, median
+    samples: int
+    attempts: int
+    disturbed: str
+
+    @property
+    def spread(self) -> float:
+        return self.p80 / self.p20 if self.p20 > 0 else math.inf
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """Linear interpolation between the two nearest order statistics."""
+    ordered = sorted(values)
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+def _disturbance(samples: Sequence[Sample], others: float, device: str) -> str:
+    """Why these times are not this machine's alone, or nothing."""
+    if device == "cuda":
+        return ""
+    said = []
+    wall = sum(s.wall for s in samples)
+    share = sum(s.own for s in samples) / wall if wall > 0 else 1.0
+    if share < 0.9:
+        said.append(f"had a core {share:.0%} of the time")
+    free = cores() - torch.get_num_threads()
+    if others > max(free, 0) + 0.1 * torch.get_num_threads():
+        said.append(f"others used {others:.1f} cores")
+    return "; ".join(said)
+
+
+def _attempt(contenders: Sequence[Contender], clock: Clock, effort: Effort, device: str) -> dict[str, Timing]:
+    samples: dict[str, list[Sample]] = {c.name: [] for c in contenders}
+    load = Load()
+    start, rounds = time.perf_counter(), 0
+    while rounds < effort.most and (rounds < effort.rounds or time.perf_counter() - start < effort.seconds):
+        for contender in contenders:
+            samples[contender.name].append(clock.time(contender))
+        rounds += 1
+    others = load.others()
+    out = {}
+    for name, taken in samples.items():
+        wall = [s.wall for s in taken]
+        p20, p50, p80 = (quantile(wall, q) for q in (0.2, 0.5, 0.8))
+        cpu = statistics.median(s.cpu for s in taken)
+        out[name] = Timing(p20, p50, p80, cpu, rounds, 1, _disturbance(taken, others, device))
+    return out
+
+
+def measure(contenders: Sequence[Contender], clock: Clock, effort: Effort, device: str = "cpu") -> dict[str, Timing]:
+    """Time all contenders round robin, so that whatever the machine does meets all of them alike.
+
+    Measured again, all together, while the spread of any is too wide; the attempt whose widest spread is least counts.
+    """
+    if not contenders:
+        return {}
+    for contender in contenders:
+        for _ in range(effort.warmup):
+            clock.warm(contender)
+    best: dict[str, Timing] = {}
+    for attempt in range(1, effort.retries + 2):
+        found = _attempt(contenders, clock, effort, device)
+        if not best or _widest(found) < _widest(best):
+            best = found
+        best = {name: replace(t, attempts=attempt) for name, t in best.items()}
+        if _widest(best) <= SPREAD:
+            break
+    return best
+
+
+def _widest(timings: Mapping[str, Timing]) -> float:
+    return max(t.spread for t in timings.values())
+
+
+# --- the gate ---
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """RMS of the error over RMS of the reference; infinite where NaN or infinities stand in other places."""
+    if actual.shape != expected.shape:
+        return math.inf
+    a, e = actual.detach().to(expected.dtype), expected.detach()
+    finite = torch.isfinite(e)
+    if not torch.equal(finite, torch.isfinite(a)) or a.numel() == 0:
+        return math.inf if a.numel() else 0.0
+    error = torch.where(finite, a - e, 0).square().mean().sqrt().item()
+    scale = torch.where(finite, e, 0).square().mean().sqrt().item()
+    return error / scale if scale else (math.inf if error else 0.0)
+
+
+def judge(actual: Tensor, expected: Tensor, limit: Tolerance, what: str, slack: float = 1.0) -> tuple[float, str]:
+    """The error, and why it is too large (nothing if it is not): the mean over all, and the worst row of the last
+    axis, which alone sees one bad element in a million. Stays on the device."""
+    if actual.shape != expected.shape:
+        return math.inf, f"{what}: {tuple(actual.shape)=}, {tuple(expected.shape)=}"
+    rms = relative_rms(actual, expected)
+    if not rms <= limit.rms * slack:
+        return rms, f"{what}: relative RMS error {rms:.2e} > {limit.rms * slack:.2e}"
+    if actual.numel() == 0 or (slack > 1.0 and actual.dtype.itemsize < 4):
+        return rms, ""
+    e = expected.detach()
+    error = (actual.detach().to(e.dtype) - e).abs().nan_to_num(0.0)
+    mean = e.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
+    row = (error.amax(-1) / e.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1).clamp_min(mean)).max().item()
+    if not row <= limit.row * slack:
+        return rms, f"{what}: largest error in a row is {row:.2e} of its largest value > {limit.row * slack:.2e}"
+    return rms, ""
+
+
+def _run(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor | None) -> list[Tensor]:
+    """The output, followed by the gradients of all inputs where ``grad`` is given."""
+    if grad is None:
+        with torch.no_grad():
+            return [function(*inputs)]
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The reference's results, and how far a provider may be from them."""
+
+    forward: list[Tensor]
+    both: list[Tensor]
+
+    def judge(self, got: list[Tensor], case: Case, slack: float) -> tuple[float, str]:
+        expected = self.forward if len(got) == 1 else self.both
+        worst = 0.0
+        for i, (a, e) in enumerate(zip(got, expected, strict=True)):
+            what = "output" if i == 0 else f"gradient {i - 1}"
+            limit = TOLERANCES[case.family + ("_grad" if i else ""), case.dtype]
+            if a.dtype != case.dtype:
+                return math.inf, f"{what}: {a.dtype=}, expected {case.dtype}"
+            error, reason = judge(a, e, limit, what, slack)
+            worst = max(worst, error)
+            if reason:
+                return worst, reason
+        return worst, ""
+
+
+def _truth(case: Case, inputs: Sequence[Tensor], grad: Tensor | None) -> Truth:
+    inner = torch.float64 if max(x.numel() for x in inputs) <= LARGE else torch.float32
+    wide = [x.to(inner) for x in inputs]
+    both = _run(case.reference, wide, None if grad is None else grad.to(inner))
+    return Truth(both[:1], both)
+
+
+def _prepare(case: Case, modes: Sequence[str], device: str, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Truth]:
+    """The inputs, the gradient of the output, and what is right for them."""
+    generator = torch.Generator(device).manual_seed(seed)
+    inputs = case.inputs(generator)
+    with torch.no_grad():
+        like = case.reference(*inputs)
+    grad = torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
+    training = any(mode != "forward" for mode in modes)
+    return inputs, grad, _truth(case, inputs, grad if training else None)
+
+
+def _slack(provider: Provider) -> float:
+    return 1.0 if provider.name == OURS else RIVAL_SLACK
+
+
+# --- a case becomes rows ---
+
+
+def _contender(
+    name: str, mode: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> Contender:
+    if mode == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*inputs)
+
+        return Contender(name, forward)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    if mode == "forward+backward":
+        return Contender(name, lambda: torch.autograd.grad(function(*leaves), leaves, grad))
+    made: list[Tensor] = []
+
+    def prepare() -> None:
+        made[:] = [function(*leaves)]
+
+    return Contender(name, lambda: torch.autograd.grad(made.pop(), leaves, grad), prepare)
+
+
+def one_line(error: BaseException, most: int = 240) -> str:
+    text = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {text}" if not isinstance(error, UnavailableError) else text
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def fill_timing(row: Row, timing: Timing, cost: Cost | None, ceilings: Ceilings) -> None:
+    """Write a timing into a row, with what follows from it and the case's cost."""
+    row.p20_ms, row.p50_ms, row.p80_ms = 1e3 * timing.p20, 1e3 * timing.p50, 1e3 * timing.p80
+    row.cpu_ms = 1e3 * timing.cpu
+    row.samples, row.attempts, row.disturbed = timing.samples, timing.attempts, timing.disturbed
+    if cost is not None:
+        row.tflops = cost.flops / timing.p50 / 1e12
+        row.gbs = cost.moved / timing.p50 / 1e9
+        row.floor_ms = ceilings.floor_ms(cost.flops, cost.moved, row.dtype)
+        row.of_ceiling = row.floor_ms / row.p50_ms
+
+
+def run_case(
+    case: Case,
+    *,
+    device: str,
+    clock: Clock,
+    effort: Effort,
+    ceilings: Ceilings,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+    command: Callable[[Row], str] = lambda row: "",
+) -> Iterator[list[Row]]:
+    """Yield the rows of each mode of ``case``: built, proven against the reference, then timed together."""
+    say(f"{case.label}: reference")
+    inputs, grad, truth = _prepare(case, list(case.costs), device, seed)
+
+    built: dict[str, Callable[..., Tensor]] = {}
+    refused: dict[str, str] = {}
+    for provider in case.providers:
+        say(f"{case.label}: {provider.name} is built")
+        try:
+            built[provider.name] = provider.build()
+        except Exception as error:  # a rival that cannot be built is a fact for the table, not the end of the run
+            refused[provider.name] = one_line(error)
+
+    for mode, cost in case.costs.items():
+        rows, contenders = [], []
+        for provider in case.providers:
+            row = Row(
+                case.op, case.group, case.variant, case.shape, dtype_name(case.dtype), mode, device, provider.name
+            )
+            row.command = command(row)
+            rows.append(row)
+            if provider.name in refused:
+                row.status, row.reason = "unavailable", refused[provider.name]
+                continue
+            say(f"{case.label} {mode}: {provider.name} against the reference")
+            function = built[provider.name]
+            try:
+                row.backend = provider.backend(*inputs)
+                got = _run(function, inputs, None if mode == "forward" else grad)
+                row.error, row.reason = truth.judge(got, case, _slack(provider))
+                del got
+                if row.reason:
+                    row.status = "FAIL"
+                    continue
+                contender = _contender(provider.name, mode, function, inputs, grad)
+                row.peak_mib = _peak(contender, device)
+            except Exception as error:
+                row.status, row.reason = "unavailable", one_line(error)
+                if provider.name == OURS:
+                    row.status = "FAIL"
+                continue
+            contenders.append(contender)
+        say(f"{case.label} {mode}: timing")
+        timings = measure(contenders, clock, effort, device)
+        for row in rows:
+            if row.provider in timings:
+                fill_timing(row, timings[row.provider], cost, ceilings)
+        yield rows
+
+
+class Alone:
+    """One provider in one mode, judged and ready to be timed by somebody else's clock."""
+
+    def __init__(self, case: Case, provider: Provider, mode: str, device: str, seed: int) -> None:
+        inputs, grad, truth = _prepare(case, [mode], device, seed)
+        function = provider.build()
+        self.backend = provider.backend(*inputs)
+        got = _run(function, inputs, None if mode == "forward" else grad)
+        self.error, self.reason = truth.judge(got, case, _slack(provider))
+        self.contender = _contender(provider.name, mode, function, inputs, grad)
+
+
+def _peak(contender: Contender, device: str) -> float | None:
+    if contender.prepare is None:
+        return peak_memory(contender.call, device)
+    contender.prepare()
+    return peak_memory(contender.call, device)
+
+
+# --- goals ---
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach, as data beside the benchmark it judges. ``at_least`` or ``at_most`` is given.
+
+    ``figure``: ``speedup`` is the rival's median over ours; ``floor`` is our median over the time of the measured
+    memory bandwidth; ``memory`` is our peak over the rival's; ``value`` is a number the benchmark itself reports
+    under the goal's name. Speed-ups and floors are geometric means over the rows.
+    """
+
+    name: str
+    op: str
+    figure: str
+    device: str
+    where: Mapping[str, str] = field(default_factory=dict)  # field of Row -> value; variants are what is averaged over
+    rival: str = ""
+    at_least: float | None = None
+    at_most: float | None = None
+    stretch: float | None = None
+
+
+@dataclass
+class Verdict:
+    """What was measured for a goal. ``met`` is None where nothing could be measured; ``note`` says why."""
+
+    goal: Goal
+    measured: float | None = None
+    met: bool | None = None
+    note: str = ""
+
+    @property
+    def target(self) -> str:
+        goal = self.goal
+        return f"≥ {goal.at_least:g}" if goal.at_least is not None else f"≤ {goal.at_most:g}"
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+def _key(row: Row) -> tuple[str, ...]:
+    return row.op, row.group, row.variant, row.shape, row.dtype, row.mode, row.device
+
+
+def pairs(rows: Sequence[Row], rival: str) -> Iterator[tuple[Row, Row]]:
+    """Our row and the rival's of the same case and mode."""
+    rivals = {_key(row): row for row in rows if row.provider == rival}
+    for row in rows:
+        if row.provider == OURS and _key(row) in rivals:
+            yield row, rivals[_key(row)]
+
+
+def concerns(goal: Goal, row: Row) -> bool:
+    """Whether the goal is about this row."""
+    same = (row.op, row.device) == (goal.op, goal.device)
+    return same and all(getattr(row, name) == value for name, value in goal.where.items())
+
+
+def reach(goal: Goal, rows: Sequence[Row], values: Mapping[str, float]) -> Verdict:
+    """Hold a goal against what was measured. A wrong result of ours misses; an absent rival only goes unjudged."""
+    verdict = Verdict(goal)
+    if goal.figure == "value":
+        if goal.name not in values:
+            verdict.note = "not measured in this run"
+            return verdict
+        verdict.measured = values[goal.name]
+    else:
+        mine = [row for row in rows if row.provider == OURS and concerns(goal, row)]
+        wrong = [row for row in mine if row.status == "FAIL"]
+        if wrong:
+            verdict.met, verdict.note = False, f"{wrong[0].label}: {wrong[0].reason}"
+            return verdict
+        figures, note = _figures(goal, mine, rows)
+        if not figures:
+            verdict.note = note or "not measured in this run"
+            return verdict
+        verdict.measured, verdict.note = geometric_mean(figures), note
+    measured = verdict.measured
+    verdict.met = measured >= goal.at_least if goal.at_least is not None else measured <= (goal.at_most or 0.0)
+    return verdict
+
+
+def _figures(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[list[float], str]:
+    if goal.figure == "floor":
+        return [row.p50_ms / row.floor_ms for row in mine if row.p50_ms and row.floor_ms], ""
+    figures, notes = [], []
+    for row, rival in pairs([*mine, *(r for r in rows if r.provider == goal.rival)], goal.rival):
+        if rival.reason:
+            notes.append(f"{goal.rival}: {rival.reason}")
+        elif goal.figure == "memory" and row.peak_mib and rival.peak_mib:
+            figures.append(row.peak_mib / rival.peak_mib)
+        elif goal.figure == "speedup" and row.p50_ms and rival.p50_ms:
+            figures.append(rival.p50_ms / row.p50_ms)
+    return figures, "; ".join(dict.fromkeys(notes))
+
+
+def to_json(value: Any) -> Any:
+    """Plain data of a number that JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

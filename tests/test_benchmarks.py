@@ -1,0 +1,483 @@
+"""The benchmark suite: statistics, the gate before the clock, goals, and what a run leaves on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from accel.benchmarks import _machine, harness, models, report, run, window_attention
+from accel.benchmarks.harness import Case, Contender, Cost, Effort, Goal, Provider, Row, Sample
+
+CEILINGS = _machine.Ceilings(((1 << 20, 4e9), (1 << 30, 1e9)), {"fp32": 1e9, "bf16": 2e9})
+EFFORT = Effort(warmup=1, rounds=3, seconds=0.0, most=3, retries=0)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class FakeClock:
+    """Gives each contender its next scripted time and keeps the order of calls."""
+
+    def __init__(self, times: dict[str, list[float]] | None = None) -> None:
+        self.times = times or {}
+        self.warmed: list[str] = []
+        self.order: list[str] = []
+
+    def warm(self, contender: Contender) -> None:
+        self.warmed.append(contender.name)
+
+    def time(self, contender: Contender) -> Sample:
+        self.order.append(contender.name)
+        script = self.times.get(contender.name, [1.0])
+        wall = script.pop(0) if len(script) > 1 else script[0]
+        return Sample(wall, 2 * wall, wall)
+
+
+def _contenders(*names: str) -> list[Contender]:
+    return [Contender(name, lambda: None) for name in names]
+
+
+def _case(*providers: Provider, modes: Sequence[str] = ("forward", "forward+backward")) -> Case:
+    return Case(
+        op="window_attention",
+        group="stage 1",
+        variant="shift 0",
+        shape="8",
+        dtype=torch.float32,
+        inputs=lambda generator: (torch.randn(3, 8, generator=generator), torch.randn(8, generator=generator)),
+        reference=lambda x, y: x * y,
+        providers=providers,
+        costs={mode: Cost(flops=10**6, moved=2**20) for mode in modes},
+        family="softmax",
+    )
+
+
+def _provider(name: str, function: Callable[..., Tensor]) -> Provider:
+    return Provider(name, lambda: function, lambda *inputs: "fake")
+
+
+def _rows(case: Case, clock: harness.Clock | None = None) -> list[Row]:
+    groups = harness.run_case(case, device="cpu", clock=clock or FakeClock(), effort=EFFORT, ceilings=CEILINGS)
+    return [row for rows in groups for row in rows]
+
+
+# --- timing ---
+
+
+def test_quantiles_interpolate() -> None:
+    values = [5.0, 1.0, 3.0, 2.0, 4.0]
+    assert [harness.quantile(values, q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])
+    assert harness.quantile([7.0], 0.8) == 7.0
+
+
+def test_providers_run_round_robin() -> None:
+    clock = FakeClock()
+    found = harness.measure(_contenders("a", "b", "c"), clock, EFFORT)
+    assert clock.warmed == ["a", "b", "c"]
+    assert clock.order == ["a", "b", "c"] * 3
+    assert [t.samples for t in found.values()] == [3, 3, 3]
+    assert found["a"].cpu == 2.0
+
+
+def test_a_wide_row_is_measured_again_at_most_twice_and_the_calmest_attempt_counts() -> None:
+    effort = Effort(warmup=0, rounds=3, seconds=0.0, most=3, retries=2)
+    calm = harness.measure(_contenders("a"), FakeClock({"a": [1, 5, 9, 2.0, 2.0, 2.1]}), effort)["a"]
+    assert (calm.attempts, calm.p50) == (2, 2.0)
+    clock = FakeClock({"a": [1, 5, 9, 3, 4, 5, 1, 6, 30]})
+    wild = harness.measure(_contenders("a"), clock, effort)["a"]
+    assert (len(clock.order), wild.attempts, wild.p50) == (9, 3, 4)
+
+
+def test_a_row_goes_on_until_it_has_rounds_and_stops_at_most() -> None:
+    forever = Effort(warmup=0, rounds=2, seconds=1e9, most=5, retries=0)
+    assert harness.measure(_contenders("a"), FakeClock(), forever)["a"].samples == 5
+
+
+def test_load_from_others_marks_a_row() -> None:
+    starved = [Sample(1.0, 0.5, 0.5)]
+    assert "had a core 50% of the time" in harness._disturbance(starved, 0.0, "cpu")
+    busy = _machine.cores() + 1.0
+    assert f"others used {busy:.1f} cores" in harness._disturbance([Sample(1.0, 1.0, 1.0)], busy, "cpu")
+    assert harness._disturbance([Sample(1.0, 1.0, 1.0)], 0.0, "cpu") == ""
+
+
+def test_the_cpu_clock_times_the_call_and_not_its_preparation() -> None:
+    order: list[str] = []
+    slow = Contender("a", lambda: order.append("call"), lambda: (order.append("prepare"), sum(range(10**6))))
+    sample = harness.CpuClock().time(slow)
+    assert order == ["prepare", "call"]
+    assert 0 < sample.wall < 0.005
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_sees_a_tensor_that_is_gone_when_the_call_returns() -> None:
+    _machine.pin_allocator()
+    peak = _machine.peak_memory(lambda: torch.ones(16 << 18), "cpu")
+    assert peak is not None
+    assert 15 <= peak <= 24, peak
+    again = _machine.peak_memory(lambda: torch.ones(16 << 18), "cpu")
+    assert again is not None
+    assert again >= 15, "memory kept from the first call hid the second"
+
+
+# --- the gate ---
+
+
+def test_a_right_row_has_times_and_what_follows_from_them() -> None:
+    rows = _rows(_case(_provider("accel", lambda x, y: x * y)), FakeClock({"accel": [0.002]}))
+    assert [row.mode for row in rows] == ["forward", "forward+backward"]
+    row = rows[0]
+    assert (row.status, row.backend, row.p50_ms, row.cpu_ms) == ("ok", "fake", 2.0, 4.0)
+    assert row.tflops == pytest.approx(5e-4)
+    assert row.gbs == pytest.approx(2**20 / 0.002 / 1e9)
+    assert row.floor_ms == pytest.approx(1.0)  # 10**6 FLOPs at 1e9 take longer than 1 MiB at 4e9
+    assert row.of_ceiling == pytest.approx(0.5)
+    assert row.error == pytest.approx(0.0, abs=1e-6)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum(0)
+
+
+def _one_wrong_element(x: Tensor, y: Tensor) -> Tensor:
+    out = x * y
+    keep = torch.ones_like(out)
+    keep[-1, -1] = 1 + 1e-3
+    return out * keep
+
+
+@pytest.mark.parametrize(
+    ("function", "modes"),
+    [
+        pytest.param(lambda x, y: x * y * 1.01, ("forward", "forward+backward"), id="output"),
+        pytest.param(_one_wrong_element, ("forward", "forward+backward"), id="one element"),
+        pytest.param(lambda x, y: (x * y)[:2], ("forward", "forward+backward"), id="shape"),
+        pytest.param(lambda x, y: (x * y).double(), ("forward", "forward+backward"), id="dtype"),
+        pytest.param(lambda x, y: x * y + float("nan"), ("forward", "forward+backward"), id="NaN"),
+        pytest.param(lambda x, y: _WrongGradient.apply(x, y), ("forward+backward",), id="gradient"),
+    ],
+)
+def test_a_wrong_provider_gets_no_speed(function: Callable[..., Tensor], modes: tuple[str, ...]) -> None:
+    clock = FakeClock()
+    rows = _rows(_case(_provider("accel", function), _provider("eager", lambda x, y: x * y)), clock)
+    for row in rows:
+        if row.provider == "accel" and row.mode in modes:
+            assert row.status == "FAIL"
+            assert row.reason
+            assert (row.p50_ms, row.tflops, row.gbs, row.cpu_ms, row.peak_mib) == (None,) * 5
+            assert "FAIL" in report.row_cells(row, None)[-1]
+        else:
+            assert row.status == "ok", row.reason
+    assert clock.order.count("accel") == 3 * (2 - len(modes))
+
+
+def test_a_rival_is_held_to_the_mean_in_half_precision_and_to_every_row_in_fp32() -> None:
+    expected = torch.ones(1000, 8, dtype=torch.float64)
+    off = expected.clone()
+    off[5, 3] += 0.2
+    for dtype, ours, rival in ((torch.bfloat16, True, False), (torch.float32, True, True)):
+        limit = harness.TOLERANCES["softmax_grad", dtype]._replace(rms=8e-3)  # the mean alone would let it pass
+        assert bool(harness.judge(off.to(dtype), expected, limit, "gradient")[1]) is ours
+        assert bool(harness.judge(off.to(dtype), expected, limit, "gradient", harness.RIVAL_SLACK)[1]) is rival
+    far = (expected * 1.05).to(torch.bfloat16)
+    limit = harness.TOLERANCES["softmax", torch.bfloat16]
+    assert "relative RMS" in harness.judge(far, expected, limit, "output", harness.RIVAL_SLACK)[1]
+
+
+def test_a_rival_that_cannot_be_built_is_a_reason_and_the_rest_goes_on() -> None:
+    def broken() -> Callable[..., Tensor]:
+        raise RuntimeError("no compiler\n  here")
+
+    rows = _rows(_case(Provider("compile", broken), _provider("accel", lambda x, y: x * y), modes=["forward"]))
+    assert (rows[0].status, rows[0].reason) == ("unavailable", "RuntimeError: no compiler here")
+    assert rows[1].p50_ms is not None
+
+
+def test_backward_alone_times_the_gradient_and_is_right() -> None:
+    rows = _rows(_case(_provider("accel", lambda x, y: x * y), modes=["backward"]), harness.CpuClock())
+    assert (rows[0].status, rows[0].samples) == ("ok", 3)
+
+
+# --- goals ---
+
+
+def _row(provider: str, p50: float | None, variant: str = "shift 0", **more: object) -> Row:
+    row = Row("window_attention", "stage 1", variant, "8", "fp32", "forward", "cpu", provider, p50_ms=p50)
+    for name, value in more.items():
+        setattr(row, name, value)
+    return row
+
+
+WHERE = {"group": "stage 1", "dtype": "fp32", "mode": "forward"}
+FASTER = Goal("twice as fast", "window_attention", "speedup", "cpu", WHERE, "eager", at_least=2.0)
+
+
+def test_a_speedup_is_the_geometric_mean_over_variants() -> None:
+    rows = [_row("accel", 1), _row("eager", 8), _row("accel", 2, "shift 3"), _row("eager", 4, "shift 3")]
+    verdict = harness.reach(FASTER, rows, {})
+    assert verdict.measured == pytest.approx(4.0)
+    assert verdict.met is True
+    slow = harness.reach(FASTER, [_row("accel", 4), _row("eager", 6)], {})
+    assert (slow.measured, slow.met) == (pytest.approx(1.5), False)
+
+
+def test_what_cannot_be_measured_is_not_judged_but_a_wrong_result_misses() -> None:
+    assert harness.reach(FASTER, [_row("eager", 1)], {}).met is None
+    absent = harness.reach(FASTER, [_row("accel", 1), _row("eager", None, status="unavailable", reason="gone")], {})
+    assert (absent.met, absent.note) == (None, "eager: gone")
+    wrong = harness.reach(FASTER, [_row("accel", None, status="FAIL", reason="off by one"), _row("eager", 1)], {})
+    assert wrong.met is False
+    assert "off by one" in wrong.note
+
+
+def test_goals_of_memory_floor_and_value() -> None:
+    rows = [_row("accel", 3, peak_mib=5.0, floor_ms=2.0), _row("eager", 6, peak_mib=10.0)]
+    memory = Goal("memory", "window_attention", "memory", "cpu", WHERE, "eager", at_most=0.4)
+    floor = Goal("floor", "window_attention", "floor", "cpu", WHERE, at_most=1.5)
+    value = Goal("value", "window_attention", "value", "cpu", at_most=2.0)
+    got = [harness.reach(goal, rows, {"value": 3.0}) for goal in (memory, floor, value)]
+    assert [(v.measured, v.met) for v in got] == [(0.5, False), (1.5, True), (3.0, False)]
+    assert harness.reach(value, rows, {}).met is None
+
+
+def test_every_goal_is_about_rows_that_exist() -> None:
+    dtypes = [torch.float32, torch.bfloat16]
+    for device in ("cpu", "cuda"):
+        found = [
+            (case.op, case.group, harness.dtype_name(case.dtype), mode, {p.name for p in case.providers})
+            for case in window_attention.cases(device, dtypes, "normal", None)
+            for mode in case.costs
+        ]
+        for goal in window_attention.GOALS:
+            if goal.device != device:
+                continue
+            where = (goal.op, goal.where["group"], goal.where["dtype"], goal.where["mode"])
+            matching = [row for row in found if row[:4] == where]
+            assert matching, goal.name
+            assert all({"accel", goal.rival or "accel"} <= row[4] for row in matching), goal.name
+
+
+# --- window attention's rival ---
+
+
+SMALL = (
+    window_attention.Shape("small", 2, (14, 21), 24, 3, (7, 7), (3, 3)),
+    window_attention.Shape("small", 2, (14, 14), 24, 3, (7, 7), (0, 0)),
+    window_attention.Shape("covered", 1, (7, 14), 24, 3, (7, 7), (3, 3)),
+    window_attention.Shape("padded", 1, (9, 16), 24, 3, (7, 7), (3, 3)),
+    window_attention.Shape("cosine", 1, (8, 8), 24, 3, (4, 4), (2, 2), cosine=True),
+    window_attention.Shape("video", 1, (4, 8, 8), 24, 3, (2, 4, 4), (1, 2, 2)),
+)
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_the_eager_rival_is_the_reference_in_float64(shape: window_attention.Shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [x.double() for x in window_attention._inputs(shape, "cpu", torch.float32, False)(generator)]
+    expected = window_attention.ours(shape, "reference")(*inputs)
+    got = window_attention.core(shape, "cpu")(*inputs)
+    if (
+        shape.cosine
+    ):  # F.normalize divides by max(norm, eps), the reference treats a zero vector apart: not the same bits
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+    else:
+        assert torch.equal(got, expected)
+    sdpa = window_attention.core(shape, "cpu", window_attention._attend_sdpa)(*inputs)
+    torch.testing.assert_close(sdpa, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", SMALL[:4], ids=str)
+def test_the_block_rival_is_torchvisions_function(shape: window_attention.Shape) -> None:
+    swin = pytest.importorskip("torchvision.models.swin_transformer")
+    generator = torch.Generator().manual_seed(0)
+    inputs = window_attention._inputs(shape, "cpu", torch.float32, True)(generator)
+    x, table, w1, b1, w2, b2 = (t.double() for t in inputs)
+    index = window_attention.relative_position_index(shape.window).flatten()
+    bias = swin._get_relative_position_bias(table, index, list(shape.window))
+    expected = swin.shifted_window_attention(
+        x, w1, w2, bias, list(shape.window), shape.heads, list(shape.shift), qkv_bias=b1, proj_bias=b2
+    )
+    assert torch.equal(window_attention.block(shape, "cpu")(x, table, w1, b1, w2, b2), expected)
+    ours = window_attention.ours_block(shape, "reference")(x, table, w1, b1, w2, b2)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+def test_costs_are_those_of_the_memory_floor() -> None:
+    shape = window_attention.Shape("stage 1", 64, (56, 56), 96, 3, (7, 7), (0, 0))
+    cost = window_attention.costs(shape, 2, harness.MODES)
+    tokens = 64 * 56 * 56
+    assert cost["forward"] == Cost(4 * tokens * 49 * 96, 8 * tokens * 96)
+    assert cost["backward"] == Cost(10 * tokens * 49 * 96, 14 * tokens * 96)
+
+
+# --- a run ---
+
+
+def _run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cases: list[Case], goals: list[Goal], *argv: str) -> int:
+    monkeypatch.setattr(window_attention, "cases", lambda *args: iter(cases))
+    monkeypatch.setattr(run, "GOALS", goals)
+    monkeypatch.setattr(run, "make_clock", lambda device: FakeClock({"accel": [0.004], "eager": [0.006]}))
+    monkeypatch.setattr(run, "measure_ceilings", lambda device, dtypes: CEILINGS)
+    monkeypatch.setattr(run, "pin_allocator", lambda: "left alone")
+    return run.main(["window_attention", "--device", "cpu", "--quick", "--out", str(tmp_path), *argv])
+
+
+def test_check_names_the_misses_and_exits_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = _case(_provider("accel", lambda x, y: x * y), _provider("eager", lambda x, y: x * y))
+    assert _run(tmp_path, monkeypatch, [right], [FASTER], "--check") == 1
+    assert "missed: twice as fast: measured 1.500, target ≥ 2" in capsys.readouterr().out
+    assert _run(tmp_path, monkeypatch, [right], [FASTER]) == 0
+    reachable = Goal("a bit faster", "window_attention", "speedup", "cpu", WHERE, "eager", at_least=1.4)
+    assert _run(tmp_path, monkeypatch, [right], [reachable], "--check") == 0
+
+
+def test_check_fails_on_a_wrong_result_even_without_goals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = _case(_provider("accel", lambda x, y: x + y), modes=["forward"])
+    assert _run(tmp_path, monkeypatch, [wrong], [], "--check") == 1
+    assert "FAIL: window_attention stage 1 shift 0 fp32 forward" in capsys.readouterr().out
+
+
+def test_a_run_leaves_json_csv_and_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case(
+        _provider("accel", lambda x, y: x * y), _provider("eager", lambda x, y: x * y), _provider("sdpa", torch.add)
+    )
+    assert _run(tmp_path, monkeypatch, [case], [FASTER]) == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["finished"] is True
+    assert [(r["provider"], r["mode"], r["status"]) for r in data["rows"]][:3] == [
+        ("accel", "forward", "ok"), ("eager", "forward", "ok"), ("sdpa", "forward", "FAIL"),
+    ]  # fmt: skip
+    assert data["rows"][2]["p50_ms"] is None
+    assert "--rows '^stage 1 shift 0 fp32$'" in data["rows"][0]["command"]
+    assert {"torch", "accel", "device name", "threads", "allocator", "seed", "date", "command"} <= set(
+        data["environment"]
+    )
+    assert data["goals"][0]["measured"] == pytest.approx(1.5)
+    with (tmp_path / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(data["rows"]) == 6
+    assert lines[0]["p50_ms"] == "4.0"
+    assert lines[2]["p50_ms"] == ""
+    page = (tmp_path / "index.html").read_text()
+    links = set(re.findall(r"https?://[^\s\"'<]+", page))
+    assert all(link.startswith("http://www.w3.org/") for link in links), f"the page must stand alone: {links}"
+    assert "1.500" in page
+    assert "FAIL" in page
+
+
+def test_a_run_cut_short_keeps_what_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(generator: torch.Generator) -> tuple[Tensor, ...]:
+        before = json.loads((tmp_path / "results.json").read_text())
+        assert (before["finished"], len(before["rows"])) == (False, 1)
+        raise KeyboardInterrupt
+
+    first = _case(_provider("accel", lambda x, y: x * y), modes=["forward"])
+    second = Case(**{**vars(first), "inputs": interrupt})
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, monkeypatch, [first, second], [])
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert (data["finished"], len(data["rows"])) == (False, 1)
+    assert "the run did not finish" in (tmp_path / "index.html").read_text()
+
+
+def test_a_budget_leaves_out_the_rest_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case(_provider("accel", lambda x, y: x * y), modes=["forward"])
+    assert _run(tmp_path, monkeypatch, [case, case, case], [], "--budget", "1e-9") == 0
+    data = json.loads((tmp_path / "results.json").read_text())
+    assert data["rows"] == []
+    assert any("3 of 3 jobs left out" in note for note in data["notes"])
+
+
+@pytest.mark.parametrize("argv", [["no_such_op"], ["--providers", "nobody"], ["--rows", "("]])
+def test_bad_options_are_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run.main([*argv, "--device", "cpu"])
+    assert caught.value.code == 2
+    assert argv[-1] in capsys.readouterr().err
+
+
+def test_a_real_row_through_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accel", "bench", "window_attention", "--quick", "--device", "cpu"]
+    command += ["--dtype", "fp32", "--rows", "stage 4", "--threads", "1", "--out", str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["provider"], row["mode"]) for row in rows] == [
+        (provider, mode) for mode in ("forward", "forward+backward") for provider in ("accel", "eager")
+    ]
+    for row in rows:
+        assert row["status"] == "ok", row["reason"]
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+    assert rows[0]["backend"] in ("cpu", "reference")
+    assert f"accel ({rows[0]['backend']})" in done.stdout
+
+
+# --- models ---
+
+
+def test_the_photographs_are_four_different_pictures() -> None:
+    pytest.importorskip("skimage")
+    x = models.photographs()
+    assert x.shape == (4, 3, 224, 224)
+    assert torch.isfinite(x).all()
+    assert all((x[i] - x[j]).abs().mean() > 0.1 for i in range(4) for j in range(i))
+
+
+def test_digits_curves_coincide_within_the_noise_and_the_loss_falls() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("torchvision")
+    ticks: list[None] = []
+    curves = models.digits(3, seed=0, tick=lambda: ticks.append(None))
+    assert len(ticks) == 12
+    assert len(curves.patched) == 3
+    assert curves.difference < 1e-4
+    assert all(torch.isfinite(torch.tensor(run_)).all() for run_ in (curves.eager, curves.patched, *curves.perturbed))
+
+
+def test_noise_is_counted_in_runs_that_differ_by_rounding() -> None:
+    curves = models.Curves([1.0, 2.0], [1.0, 2.5], [[1.0, 2.25], [1.0, 2.0]], {})
+    assert (curves.difference, curves.noise, models.noise_ratio(curves)) == (0.5, 0.25, 2.0)
+
+
+def test_a_patched_model_far_from_float64_is_wrong() -> None:
+    assert models._judge([1e-6, 1e-6], [1e-6, 1e-6], torch.float32) == ""
+    assert "gradients" in models._judge([1e-6, 1e-3], [1e-6, 1e-6], torch.float32)
+    assert "output" in models._judge([float("nan")], [1e-6], torch.float32)
+
+
+def test_the_command_line_without_a_command_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    from accel.__main__ import main
+
+    assert main([]) == 2
+    assert "bench" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert main(["dance"]) == 2
