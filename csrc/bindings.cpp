@@ -20,7 +20,6 @@ Isa best_isa() {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512cd");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
@@ -47,7 +46,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
     std::vector<std::string> built;
 #if defined(__x86_64__)
-    int levels = 4;
+    int levels = 3;
 #else
     int levels = 1;
 #endif

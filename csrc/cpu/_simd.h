@@ -161,7 +161,13 @@ inline vf sum_lanes(vf x) {
   if constexpr (S > 1) return sum_lanes<S / 2>(x);
   return x;
 }
-inline vf max(vf a, vf b) { return a < b ? b : a; }  // a NaN in a stays
+inline vf max(vf a, vf b) {  // a NaN in a stays
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+#else
+  return a < b ? b : a;
+#endif
+}
 template <int S = W / 2>
 inline vf max_lanes(vf x) {
   x = max(x, swap_blocks<S>(x, std::make_integer_sequence<int, W>{}));
@@ -205,7 +211,7 @@ inline vf exp2_nonpositive(vf x) {
 #else
   const vf low = splat(-126.0f);
 #endif
-  vf clamped = x < low ? low : x;
+  vf clamped = max(x, low);
   vf shifted = clamped + 12582912.0f;  // 1.5 · 2^23: the integer part lands in the low bits
   vf n = shifted - 12582912.0f;
   vf f = clamped - n;

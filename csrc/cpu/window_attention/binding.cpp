@@ -77,11 +77,11 @@ Call describe(const Tensor& qkv, const OptionalTensor& table, const OptionalTens
 
   const int64_t ld = padded_to(tokens, ACCEL_LEVEL(width)());
   const bool biased = table || bias;
-  const int64_t bias_rows = (biased ? heads : 1) * tokens;
-  call.logit_bias = torch::stable::new_empty(qkv, {bias_rows, ld}, ScalarType::Float);
+  const int64_t bias_heads = biased ? heads : 1;
+  call.logit_bias = torch::stable::new_empty(qkv, {bias_heads, tokens, ld}, ScalarType::Float);
   float* out = mutable_floats(call.logit_bias);
   auto expand = ACCEL_LEVEL(expand_bias);
-  torch::stable::parallel_for(0, bias_rows, 64, [&](int64_t from, int64_t to) {
+  torch::stable::parallel_for(0, bias_heads, 4, [&](int64_t from, int64_t to) {
     expand(p, data_or_null(table), data_or_null(bias), out, from, to);
   });
   p.logit_bias = out;
@@ -106,18 +106,18 @@ std::tuple<Tensor, Tensor> forward(Tensor qkv, OptionalTensor table, OptionalTen
   return {out, lse};
 }
 
-// Tasks: enough for many cores, whole rows of tokens where there are windows enough (contiguous memory), and bounded
-// buffers where each head of a task holds an (N, N) gradient.
+// Runs long enough to pay for their own sum of the bias gradient, tasks enough for many cores, heads together where
+// that leaves enough (a token's heads lie side by side), and bounded buffers where a head holds an (N, N) gradient.
 void split(BackwardParams& b) {
-  constexpr int64_t TASKS = 64, TASK_BYTES = 512 << 10, PARTIAL_BYTES = int64_t(32) << 20;
+  constexpr int64_t RUN = 8, CHUNKS = 64, TASKS = 32, TASK_BYTES = 512 << 10, PARTIAL_BYTES = int64_t(32) << 20;
   const Params& p = b.forward;
   const int64_t total = p.batch * p.windows, square_bytes = int64_t(p.tokens) * p.tokens * 4;
-  b.group_heads = std::min<int64_t>(p.heads, p.heads * total / TASKS);
-  b.group_heads = std::max<int64_t>(1, std::min(b.group_heads, TASK_BYTES / square_bytes));
-  b.groups = (p.heads + b.group_heads - 1) / b.group_heads;
-  b.chunks = std::max<int64_t>(1, std::min(total, TASKS / b.groups));
+  b.chunks = std::clamp<int64_t>(total / RUN, 1, CHUNKS);
   if (b.want_dense)
-    b.chunks = std::max<int64_t>(1, std::min(b.chunks, PARTIAL_BYTES / (p.heads * square_bytes)));
+    b.chunks = std::clamp<int64_t>(PARTIAL_BYTES / (p.heads * square_bytes), 1, b.chunks);
+  const int64_t wanted_groups = (TASKS + b.chunks - 1) / b.chunks;
+  b.group_heads = std::clamp<int64_t>(TASK_BYTES / square_bytes, 1, std::max<int64_t>(1, p.heads / wanted_groups));
+  b.groups = (p.heads + b.group_heads - 1) / b.group_heads;
 }
 
 // to[i·step] = Σ_c from[c·length + i], in the order of c.

@@ -8,7 +8,6 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <initializer_list>
 #include <limits>
 #include <new>
 #include <vector>
@@ -134,7 +133,6 @@ class Core {
         k_inverse(ld),
         row_max(ld),
         row_sum(ld),
-        ahead_(p),
         mask_(8 * int64_t(ld)) {
     for (float* rows : {q.data(), k.data(), v.data()})  // rows from N to ld stay zero for the transpositions
       std::fill(rows + int64_t(N) * Dp, rows + int64_t(ld) * Dp, 0.0f);
@@ -172,25 +170,6 @@ class Core {
     if (window.masked()) fill_mask();
   }
 
-  // Name the window to come and what its `heads` heads from `first_head` on read and write; `weights` then asks for
-  // these cache lines a token at a time. Windows are too small a run for the hardware to guess where the next begins.
-  struct Stream {
-    const void* base;
-    int parts;  // slices of all channels per token
-  };
-  void announce(int64_t index, int first_head, int heads, std::initializer_list<Stream> streams) {
-    ahead_.move_to(index);
-    lines_.clear();
-    first_head_ = first_head;
-    group_ = heads;
-    for (const Stream& stream : streams)
-      for (int part = 0; part < stream.parts; ++part)
-        lines_.push_back({static_cast<const char*>(stream.base) +
-                              (part * channels + int64_t(first_head) * D) * int64_t(sizeof(T)),
-                          stream.parts * channels * int64_t(sizeof(T))});
-  }
-  void announce_nothing() { lines_.clear(); }
-
   // logits[0..rows) = 2^(logit − max) for query rows from `first` on; row_max and row_sum are set, nothing is divided.
   void weights(int first, int rows) {
     const float* bias = p.logit_bias + head * p.bias_head_stride + int64_t(first) * ld;
@@ -203,7 +182,6 @@ class Core {
       } else {
         softmax_row<0>(row, mask, first + i);
       }
-      if (!lines_.empty()) prefetch(first + i);
     }
   }
 
@@ -224,16 +202,6 @@ class Core {
   float scale = 1.0f;
 
  private:
-  // The share of row n of the present head: all heads together walk through the coming tokens in memory order.
-  void prefetch(int n) const {
-    const int step = (head - first_head_) * N + n;
-    const int64_t row = ahead_.row(step / group_), bytes = D * int64_t(sizeof(T));
-    if (row < 0) return;
-    for (const Line& line : lines_)
-      for (int64_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch(line.base + row * line.stride + step % group_ * bytes + at);
-  }
-
   void fill_row(const float* fill, int which, float* dst) const {
     for (int d = 0; d < Dp; ++d) dst[d] = fill && d < D ? fill[which * channels + d] : 0.0f;
   }
@@ -303,13 +271,6 @@ class Core {
     }
   }
 
-  struct Line {
-    const char* base;
-    int64_t stride;  // bytes from token to token
-  };
-  std::vector<Line> lines_;
-  int first_head_ = 0, group_ = 1;
-  Window ahead_;
   Buffer mask_;
 };
 
@@ -322,8 +283,6 @@ void forward(const Params& p, int64_t from, int64_t to) {
     int64_t index = task / p.heads;
     int h = int(task % p.heads);
     core.gather(index, h);
-    core.announce_nothing();
-    if ((index + 1) * p.heads < to) core.announce(index + 1, 0, p.heads, {{p.qkv, 3}, {p.out, 1}});
     T* base = static_cast<T*>(p.out) + int64_t(h) * D;
     for (int first = 0; first < N; first += core.block) {
       int rows = std::min(core.block, N - first);
@@ -344,7 +303,7 @@ void forward(const Params& p, int64_t from, int64_t to) {
   }
 }
 
-// Row of the bias table of query (zi, yi, xi) and key 0; keys further on have lower rows.
+// Rows of the bias table: a line of keys (one y of the window) has consecutive rows, downwards.
 struct TableIndex {
   int64_t stride_z, stride_y;
   const int64_t* window;
@@ -352,16 +311,16 @@ struct TableIndex {
   explicit TableIndex(const int64_t* window)
       : stride_z((2 * window[1] - 1) * (2 * window[2] - 1)), stride_y(2 * window[2] - 1), window(window) {}
 
-  // f(token j, table row) over all keys of query i, runs of the last axis being consecutive.
+  int64_t rows() const { return (2 * window[0] - 1) * stride_z; }
+
+  // f(first key j, its table row) for every line of keys of query i.
   template <typename F>
-  void for_each_key(int i, F f) const {
-    int64_t xi = i % window[2], yi = i / window[2] % window[1], zi = i / (window[2] * window[1]);
+  void for_each_line(int i, F f) const {
+    const int64_t xi = i % window[2], yi = i / window[2] % window[1], zi = i / (window[2] * window[1]);
     int j = 0;
     for (int64_t z = 0; z < window[0]; ++z)
-      for (int64_t y = 0; y < window[1]; ++y) {
-        int64_t base = (zi - z + window[0] - 1) * stride_z + (yi - y + window[1] - 1) * stride_y + xi + window[2] - 1;
-        for (int64_t x = 0; x < window[2]; ++x, ++j) f(j, base - x);
-      }
+      for (int64_t y = 0; y < window[1]; ++y, j += int(window[2]))
+        f(j, (zi - z + window[0] - 1) * stride_z + (yi - y + window[1] - 1) * stride_y + xi + window[2] - 1);
   }
 };
 
@@ -405,9 +364,6 @@ class Backward {
     for (int64_t index = begin; index < end; ++index)
       for (int h = from; h < to; ++h) {
         core.gather(index, h);
-        core.announce_nothing();
-        if (index + 1 < end)
-          core.announce(index + 1, from, to - from, {{p.qkv, 3}, {b.grad_out, 1}, {b.grad_qkv, 3}});
         part_fill = b.part_qkv_bias ? b.part_qkv_bias + (h * b.chunks + chunk) * 3 * D : nullptr;
         window(index, h, h - from);
       }
@@ -511,7 +467,9 @@ class Backward {
       std::fill(out, out + b.table_rows, 0.0f);
       TableIndex table(p.window);
       for (int i = 0; i < N; ++i)
-        table.for_each_key(i, [&](int j, int64_t r) { out[r] += sum[int64_t(i) * ld + j]; });
+        table.for_each_line(i, [&](int j, int64_t r) {
+          for (int64_t x = 0; x < p.window[2]; ++x) out[r - x] += sum[int64_t(i) * ld + j + x];
+        });
     } else if (b.want_dense) {
       for (int i = 0; i < N; ++i)
         std::memcpy(b.part_bias + (part * N + i) * N, sum + int64_t(i) * ld, size_t(N) * sizeof(float));
@@ -531,19 +489,27 @@ class Backward {
 
 }  // namespace
 
-// One row per (head, query): from a table (rows, H) or a dense (H, N, N) bias, or zeros where both are null.
+// Logit bias of heads [from, to): from a table (rows, H) or a dense (H, N, N) bias, or one head of zeros.
 void expand_bias(const Params& p, const float* table, const float* dense, float* out, int64_t from, int64_t to) {
   const int N = p.tokens, ld = int(padded_to(N, W));
-  TableIndex index(p.window);
-  for (int64_t task = from; task < to; ++task) {
-    float* row = out + task * ld;
-    if (table) {
-      const float* column = table + task / N;
-      index.for_each_key(int(task % N), [&](int j, int64_t r) { row[j] = column[r * p.heads] * LOG2_E; });
-    } else {
-      for (int j = 0; j < N; ++j) row[j] = dense ? dense[task * N + j] * LOG2_E : 0.0f;
+  const TableIndex index(p.window);
+  const int64_t rows = table ? index.rows() : 0;
+  std::vector<float> column(size_t(rows) + W), row(size_t(ld) + W);
+  for (int64_t h = from; h < to; ++h) {
+    // The head's column back to front: the keys of a window's line then read it forwards, whole vectors at a time.
+    for (int64_t r = 0; r < rows; ++r) column[size_t(rows - 1 - r)] = table[r * p.heads + h] * LOG2_E;
+    for (int i = 0; i < N; ++i) {
+      if (table) {
+        index.for_each_line(i, [&](int j, int64_t first) {
+          const float* line = column.data() + (rows - 1 - first);
+          for (int64_t x = 0; x < p.window[2]; x += W) store(row.data() + j + x, load(line + x));
+        });
+      } else {
+        for (int j = 0; j < N; ++j) row[size_t(j)] = dense ? dense[(h * N + i) * N + j] * LOG2_E : 0.0f;
+      }
+      std::fill(row.begin() + N, row.begin() + ld, -std::numeric_limits<float>::infinity());
+      std::memcpy(out + (h * N + i) * ld, row.data(), size_t(ld) * sizeof(float));
     }
-    std::fill(row + N, row + ld, -std::numeric_limits<float>::infinity());
   }
 }
 

@@ -68,8 +68,4 @@ namespace accel::avx512 {
 using namespace accel::window_attention;
 ACCEL_WINDOW_ATTENTION_LEVEL
 }
-namespace accel::avx512bf16 {
-using namespace accel::window_attention;
-ACCEL_WINDOW_ATTENTION_LEVEL
-}
 #endif
