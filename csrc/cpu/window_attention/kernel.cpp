@@ -121,6 +121,7 @@ class Core {
         Dp(int(padded_to(p.head_dim, W))),
         N(p.tokens),
         ld(int(padded_to(p.tokens, W))),
+        body(p.tokens > 1 && p.tokens % W == 1 ? p.tokens - 1 : ld),
         block(rows_at_once(p.tokens, ld)),
         channels(int64_t(p.heads) * p.head_dim),
         window(p),
@@ -131,9 +132,11 @@ class Core {
         logits(int64_t(block) * ld),
         q_inverse(ld),
         k_inverse(ld),
-        row_max(ld),
-        row_sum(ld),
-        mask_(8 * int64_t(ld)) {
+        row_max(ld + W),
+        row_sum(ld + W),
+        mask_(8 * int64_t(ld)),
+        last_(padded_to(block, W)) {
+    std::fill(last_.data(), last_.end(), -std::numeric_limits<float>::infinity());
     for (float* rows : {q.data(), k.data(), v.data()})  // rows from N to ld stay zero for the transpositions
       std::fill(rows + int64_t(N) * Dp, rows + int64_t(ld) * Dp, 0.0f);
     std::fill(row_sum.data(), row_sum + ld, 1.0f);
@@ -173,16 +176,20 @@ class Core {
   // logits[0..rows) = 2^(logit − max) for query rows from `first` on; row_max and row_sum are set, nothing is divided.
   void weights(int first, int rows) {
     const float* bias = p.logit_bias + head * p.bias_head_stride + int64_t(first) * ld;
-    gemm({q + int64_t(first) * Dp, Dp, 1, k_t, ld, logits, ld, bias, ld, D}, rows, ld / W);
+    gemm({q + int64_t(first) * Dp, Dp, 1, k_t, ld, logits, ld, bias, ld, D}, rows, body / W);
+    if (body < N) last_logits(first, rows, bias);
     for (int i = 0; i < rows; ++i) {
       float* row = logits + int64_t(i) * ld;
       const float* mask = window.masked() ? mask_ + int64_t(window.label(first + i)) * ld : nullptr;
-      if (ld == 4 * W) {
-        softmax_row<4>(row, mask, first + i);
+      if (body == 3 * W) {
+        softmax_row<3>(row, mask, first + i, last_[i]);
+      } else if (body == 4 * W) {
+        softmax_row<4>(row, mask, first + i, last_[i]);
       } else {
-        softmax_row<0>(row, mask, first + i);
+        softmax_row<0>(row, mask, first + i, last_[i]);
       }
     }
+    if (body < N) last_weights(first, rows);
   }
 
   // Keep factor (0 or 1/(1−p)) of a weight.
@@ -192,7 +199,9 @@ class Core {
   }
 
   const Params& p;
-  const int D, Dp, N, ld, block;
+  const int D, Dp, N, ld;
+  const int body;  // columns of logits computed as whole vectors: not the last of 49, which would cost a vector a row
+  const int block;
   const int64_t channels;
   Window window;
   Buffer q, k, v, k_t, logits;
@@ -225,9 +234,33 @@ class Core {
       std::fill(mask_ + int64_t(label) * ld + N, mask_ + int64_t(label + 1) * ld, 0.0f);
   }
 
-  // NV > 0: the row is that many vectors and stays in registers.
+  // last_[i] = logit of row i and the last key.
+  void last_logits(int first, int rows, const float* bias) {
+    const float* key = k + int64_t(N - 1) * Dp;
+    for (int i = 0; i < rows; ++i) {
+      const float* query = q + int64_t(first + i) * Dp;
+      vf dot{};
+      for (int d = 0; d < Dp; d += W) dot += load(query + d) * load(key + d);
+      float logit = sum_lanes(dot)[0] * (scale * LOG2_E) + bias[int64_t(i) * ld + N - 1];
+      if (window.masked()) logit += mask_[int64_t(window.label(first + i)) * ld + N - 1];
+      last_[i] = logit;
+    }
+  }
+
+  // The last key's weights, a vector of rows at a time, once the rows' maxima are known.
+  void last_weights(int first, int rows) {
+    for (int i = 0; i < rows; i += W) {
+      vf weight = exp2_nonpositive(load(last_ + i) - load(row_max + first + i));
+      store(last_ + i, weight);
+      store(row_sum + first + i, load(row_sum + first + i) + weight);
+    }
+    for (int i = 0; i < rows; ++i) logits[int64_t(i) * ld + N - 1] = last_[i];
+  }
+
+  // The first `body` columns of a row; `at_least` is a logit the maximum must cover. NV > 0: they are that many
+  // vectors, and stay in registers.
   template <int NV>
-  void softmax_row(float* row, const float* mask, int n) {
+  void softmax_row(float* row, const float* mask, int n, float at_least) {
     if constexpr (NV > 0) {
       vf x[NV];
 #pragma GCC unroll 4
@@ -236,9 +269,9 @@ class Core {
 #pragma GCC unroll 4
         for (int i = 0; i < NV; ++i) x[i] += load(mask + i * W);
       }
-      vf top = x[0];
+      vf top = splat(at_least);
 #pragma GCC unroll 4
-      for (int i = 1; i < NV; ++i) top = max(top, x[i]);
+      for (int i = 0; i < NV; ++i) top = max(x[i], top);
       top = max_lanes(top);
       vf sum{};
 #pragma GCC unroll 4
@@ -250,8 +283,8 @@ class Core {
       row_max[n] = top[0];
       row_sum[n] = sum_lanes(sum)[0];
     } else {
-      vf top = splat(-std::numeric_limits<float>::infinity());
-      for (int j = 0; j < ld; j += W) {
+      vf top = splat(at_least);
+      for (int j = 0; j < body; j += W) {
         vf x = load(row + j);
         if (mask) {
           x += load(mask + j);
@@ -261,7 +294,7 @@ class Core {
       }
       top = max_lanes(top);
       vf sum{};
-      for (int j = 0; j < ld; j += W) {
+      for (int j = 0; j < body; j += W) {
         vf x = exp2_nonpositive(load(row + j) - top);
         store(row + j, x);
         sum += x;
@@ -272,6 +305,7 @@ class Core {
   }
 
   Buffer mask_;
+  Buffer last_;  // logits, then weights, of the last key where it is not in the body; −∞ otherwise
 };
 
 template <typename T>
