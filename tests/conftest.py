@@ -7,10 +7,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Test tensors are tiny; waking a second thread for each costs more than the work, ten times so on a busy machine.
-torch.set_num_threads(1)
-
 from accel.benchmarks._torchvision import allow_import
 
 with contextlib.suppress(ModuleNotFoundError):  # tests of torchvision's models say themselves that it is missing
     allow_import()
+
+# Test tensors are tiny; waking a second thread for each costs more than the work, ten times so on a busy machine.
+torch.set_num_threads(1)
