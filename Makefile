@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 TRITON := triton==3.7.1
 TORCHVISION := torchvision==0.28.0
 BUILD := "setuptools>=77,<82" wheel ninja pybind11
-BENCH := rich matplotlib psutil scikit-learn scikit-image pillow packaging
+BENCH := rich matplotlib scikit-learn scikit-image pillow packaging
 TEST := "pytest>=8" pytest-benchmark hypothesis safetensors timm "transformers>=5.9" ruff mypy
 
 ifeq ($(SYSTEM),1)

@@ -135,7 +135,7 @@ def _examine_torch(report: Report, torch: Any) -> None:
         _problem(
             report,
             f"this machine has {gpu} but torch {version} is built for the CPU",
-            f"{pip} --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130",
+            f"{pip} --force-reinstall torch (with the index that pytorch.org names for your CUDA version)",
             fatal=False,
         )
     cuda = built_for_cuda("torchvision")
@@ -144,7 +144,7 @@ def _examine_torch(report: Report, torch: Any) -> None:
             report,
             f"torchvision is built for CUDA ({cuda}) and torch {version} for the CPU: import torchvision fails, and "
             "with it timm and transformers' vision models (accel itself does not need it)",
-            f"{pip} --force-reinstall --no-deps torchvision --index-url https://download.pytorch.org/whl/cpu",
+            f"{pip} --force-reinstall --no-deps torchvision (with the index that pytorch.org names for the CPU)",
             fatal=False,
         )
 
