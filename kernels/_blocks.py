@@ -1,0 +1,96 @@
+"""What the Triton kernels share: dropout bits, one launch as data, and the compile case made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ARCHITECTURES = (80, 90, 100)
+_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def random_bits(seed_ptr, position):
+    """The 32 bits of ``accel.philox`` at 64-bit linear ``position``, as int64."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = (position >> 32).to(tl.uint32)
+    zero = low * 0
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
+    return word.to(tl.int64)
+
+
+@triton.jit
+def keep_bits(seed_ptr, position, threshold):
+    """True where dropout keeps the element at 64-bit linear ``position``."""
+    return random_bits(seed_ptr, position) >= threshold
+
+
+INTERPRETING = not isinstance(keep_bits, triton.JITFunction)
+"""TRITON_INTERPRET=1 was set when Triton was imported: kernels run in numpy, on CPU tensors too."""
+
+
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of ``tl.dot`` operands. The interpreter keeps bf16 as raw integers and multiplies those, so it gets fp32."""
+    return tl.float32 if INTERPRETING else _TL_DTYPE[dtype]
+
+
+def store_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of output buffers. The interpreter truncates where it should round, so it stores fp32 and torch rounds."""
+    return torch.float32 if INTERPRETING else dtype
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel configuration as ``triton.compile`` wants it; plain data beside the kernel itself."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    warps: int
+    stages: int
+    architectures: tuple[int, ...] = ARCHITECTURES
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with everything it is launched with. ``arguments`` may hold meta tensors when only compiled."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+    stages: int
+
+    def run(self) -> None:
+        # Contraction to FMA is stated because Triton's default for it changes between versions.
+        self.kernel[(self.programs,)](
+            **self.arguments, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
+        )
+
+    def case(self, name: str) -> CompileCase:
+        """What a launch compiles to: integers are not specialised, pointers are 16-byte aligned as torch allocates them."""
+        signature: dict[str, str] = {}
+        constexprs: dict[str, Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for position, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            if parameter.is_constexpr or value is None:
+                signature[parameter.name] = "constexpr"
+                constexprs[parameter.name] = value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = _POINTER[value.dtype]
+                attributes[(position,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
+            else:
+                signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+        return CompileCase(
+            f"{self.kernel.__name__} {name}", self.kernel, signature, constexprs, attributes, self.warps, self.stages
+        )
