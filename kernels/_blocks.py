@@ -35,12 +35,12 @@ INTERPRETING = not isinstance(keep_bits, triton.JITFunction)
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of ``tl.dot`` operands. The interpreter keeps bf16 as raw integers and multiplies those, so it gets fp32."""
+    """The dtype of ``tl.dot`` operands: fp32 in the interpreter, which multiplies bf16 as the integers it is kept in."""
     return tl.float32 if INTERPRETING else _TL_DTYPE[dtype]
 
 
 def store_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of output buffers. The interpreter truncates where it should round, so it stores fp32 and torch rounds."""
+    """The dtype of output buffers: fp32 in the interpreter, which truncates where it should round; torch rounds then."""
     return torch.float32 if INTERPRETING else dtype
 
 
@@ -75,7 +75,7 @@ class Launch:
         )
 
     def case(self, name: str) -> CompileCase:
-        """What a launch compiles to: integers are not specialised, pointers are 16-byte aligned as torch allocates them."""
+        """What a launch compiles to: integers are not specialised, pointers are aligned to 16 bytes as torch's are."""
         signature: dict[str, str] = {}
         constexprs: dict[str, Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}

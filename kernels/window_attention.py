@@ -2,8 +2,8 @@
 
 A token of a window has a rolled coordinate, from that a source coordinate, and from that a memory row, or it is a
 padded token, which holds ``qkv_bias`` and takes part like any other. Windows of at most 64 tokens are one tile: a
-program keeps its head and walks over several windows, summing the small gradients in registers. Larger windows go in blocks, with online
-softmax forward and three backward kernels (queries, keys, bias), so that every sum has one owner and a fixed order.
+program keeps its head and walks over several windows, summing small gradients in registers. Larger ones go in blocks:
+online softmax forward, three backward kernels (queries, keys, bias), so that every sum has one owner and a fixed order.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def _rolled_round(
 
 
 @triton.jit
-def _last_windows(
-    window, size_z, size_y, size_x, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr
-):
+def _last_windows(window, size_z, size_y, size_x, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr):
     """A bit per axis: the window is the last one along it, the only place where regions meet."""
     count_x = tl.cdiv(size_x, WX)
     count_y = tl.cdiv(size_y, WY)
@@ -131,9 +129,7 @@ def _table_row(token, WY: tl.constexpr, WX: tl.constexpr):
 
 
 @triton.jit
-def _bias_tile(
-    table_ptr, bias_ptr, head, num_heads, i, j, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr
-):
+def _bias_tile(table_ptr, bias_ptr, head, num_heads, i, j, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr):
     """Bias of queries i and keys j, fp32, with -inf for keys past the window."""
     N: tl.constexpr = WZ * WY * WX
     inside = (i < N)[:, None] & (j < N)[None, :]
@@ -559,7 +555,7 @@ def _backward_queries(
     BLOCK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Gradient of q, what the other two kernels need of each query (1 / total, and delta, the sum of p · its gradient), and head_scale's part."""
+    """Gradient of q, 1 / total and delta (the sum of p · its gradient) of each query, and head_scale's part."""
     N: tl.constexpr = WZ * WY * WX
     head = tl.program_id(0) % num_heads
     rest = tl.program_id(0) // num_heads
