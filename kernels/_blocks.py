@@ -35,12 +35,12 @@ INTERPRETING = not isinstance(keep_bits, triton.JITFunction)
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype of ``tl.dot`` operands: fp32 in the interpreter, which multiplies bf16 as the integers it is kept in."""
+    """The dtype of ``tl.dot`` operands: fp32 in the interpreter, which multiplies bf16 as the integers it keeps."""
     return tl.float32 if INTERPRETING else _TL_DTYPE[dtype]
 
 
 def store_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of output buffers: fp32 in the interpreter, which truncates where it should round; torch rounds then."""
+    """The dtype of output buffers: fp32 in the interpreter, which truncates instead of rounding; torch rounds then."""
     return torch.float32 if INTERPRETING else dtype
 
 
