@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -574,7 +574,7 @@ def _backward_queries(
     lse = tl.load(lse_ptr + at_i, mask=i < N, other=float("inf"))
     inverse_q = None
     if head_scale_ptr is not None:
-        inverse_q, above_q = _inverse_norm(q)
+        inverse_q, _ = _inverse_norm(q)
     # Twice over the keys: delta from the rounded output would leave its rounding where a weight is near 1.
     delta = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -615,6 +615,9 @@ def _backward_queries(
             k = (k.to(tl.float32) * inverse_k[:, None]).to(DOT)
         grad_q += tl.dot((p * (grad_p - delta[:, None])).to(DOT), k, input_precision="ieee")
     if head_scale_ptr is not None:
+        # read again: kept over both loops it would make fp32 heads of 128 spill
+        q = _load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, fill_ptr, D, BLOCK_D, DOT)
+        inverse_q, above_q = _inverse_norm(q)
         if head_part_ptr is not None:
             along = tl.sum(q.to(tl.float32) * inverse_q[:, None] * grad_q, 1)
             tl.store(head_part_ptr + tl.program_id(0), tl.sum(along, 0))
@@ -886,8 +889,7 @@ def bias_tile(tokens: int, head_dim: int, itemsize: int) -> Tile:
 # --- launches ---
 
 
-@dataclass(frozen=True)
-class _Shape:
+class _Shape(NamedTuple):
     """What the launchers need of a call, from its shapes alone."""
 
     head_dim: int
@@ -902,12 +904,15 @@ def _shape(qkv: Tensor, num_heads: int, window: list[int]) -> _Shape:
         head_dim=qkv.shape[-1] // (3 * num_heads),
         tokens=math.prod(window),
         windows=qkv.shape[0] * math.prod(counts),
-        padded=any(counts[i] * window[i] != qkv.shape[i + 1] for i in range(3)),
+        padded=[counts[i] * window[i] for i in range(3)] != list(qkv.shape[1:4]),
     )
 
 
 def why_not(args: Any) -> str | None:
-    """Why these kernels cannot run the call; dtype and head size are judged by the op."""
+    """Why these kernels cannot run the call; dtype and head size are judged by the op.
+
+    ``torch.compile`` traces through this, which bars generator expressions and Triton's helpers.
+    """
     qkv = args.qkv
     if not (_blocks.INTERPRETING and qkv.device.type == "cpu"):
         if qkv.device.type != "cuda":
@@ -920,10 +925,10 @@ def why_not(args: Any) -> str | None:
     shape = _shape(qkv, args.num_heads, args.window)
     if shape.tokens > MAX_TOKENS:
         return f"it takes windows of at most {MAX_TOKENS} tokens, not {shape.tokens} ({args.window})"
-    rows = math.prod(2 * size - 1 for size in args.window)
+    rows = math.prod([2 * size - 1 for size in args.window])
     if rows * args.num_heads >= 2**31:
         return f"a bias table of {rows} rows and {args.num_heads} heads is more than 32 bits can address"
-    programs = shape.windows * args.num_heads * triton.cdiv(shape.tokens, 16)
+    programs = shape.windows * args.num_heads * -(-shape.tokens // 16)
     if programs >= 2**31:
         return f"{shape.windows} windows with {args.num_heads} heads are more than one launch can number"
     return None
