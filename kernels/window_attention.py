@@ -590,7 +590,7 @@ def _backward_queries(
         round_j = _rolled_round(j, WZ, WY, WX, SZ, SY, SX)
         s = _logits(q, k, inverse_q, inverse_k, tile, factor, round_i, round_j, last, mask_value, SZ + SY + SX > 0)
         p = tl.exp(s - lse[:, None])
-        _, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
+        _used, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
         total += tl.sum(p, 1)
         delta += tl.sum(p * grad_p, 1)
     inverse_total = _inverse_total(total)
@@ -610,7 +610,7 @@ def _backward_queries(
         round_j = _rolled_round(j, WZ, WY, WX, SZ, SY, SX)
         s = _logits(q, k, inverse_q, inverse_k, tile, factor, round_i, round_j, last, mask_value, SZ + SY + SX > 0)
         p = tl.exp(s - lse[:, None]) * inverse_total[:, None]
-        _, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
+        _used, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
         if head_scale_ptr is not None:
             k = (k.to(tl.float32) * inverse_k[:, None]).to(DOT)
         grad_q += tl.dot((p * (grad_p - delta[:, None])).to(DOT), k, input_precision="ieee")
@@ -787,7 +787,7 @@ def _backward_bias(
         v = _load_rows(qkv_ptr, row_j, real_j, 3 * C, 2 * C + head * D, fill_ptr, D, BLOCK_D, DOT)
         grad_o = _load_rows(grad_out_ptr, row_i, real_i, C, head * D, None, D, BLOCK_D, DOT)
         p = tl.exp(s - lse[:, None]) * inverse_total[:, None]
-        _, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
+        _used, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
         grad_bias += p * (grad_p - delta[:, None])
     at = ((part.to(tl.int64) * num_heads + head) * N + i[:, None]) * N + j[None, :]
     tl.store(bias_part_ptr + at, grad_bias, mask=(i < N)[:, None] & (j < N)[None, :])
@@ -867,11 +867,14 @@ def forward_tile(tokens: int, head_dim: int, itemsize: int, cosine: bool, dropou
 
 def backward_tile(tokens: int, head_dim: int, itemsize: int, cosine: bool, dropout: bool, padded: bool) -> Tile:
     """A whole tile reads and writes 7·N·D elements, blocks 15·N·D; but it holds p, its gradient and the bias' at
-    once. At 64 tokens that leaves no registers for dropout, wide or odd heads, or cosine with masked loads."""
+    once. That leaves no registers for cosine with padding or dropout, and at 64 tokens none for dropout, wide or
+    odd heads, or cosine with masked loads."""
     if itemsize == 4 or head_dim > 64:
         return _small_blocks(tokens, head_dim, itemsize)
-    if tokens <= 32:
-        return Tile(True, max(16, triton.next_power_of_2(tokens)), 4 if tokens > 16 else 2)
+    if tokens <= 16:
+        return Tile(True, 16, 2)
+    if tokens <= 32 and not (cosine and (dropout or padded)):
+        return Tile(True, 32, 4)
     if tokens <= 64 and head_dim in (16, 32) and not dropout and not (cosine and (padded or tokens < 64)):
         return Tile(True, 64, 4)
     if cosine or dropout or head_dim > 32:
@@ -1191,10 +1194,12 @@ def _calls() -> Iterator[tuple[torch.dtype, list[int], int, dict[str, bool]]]:
     yield fp32, tiny, 32, everything
     yield fp32, v1, 20, other
     yield fp32, v2, 32, cosine
-    for window in (tiny, small, v1, wide):
+    for window in (tiny, v1, wide):
         yield bf16, window, 32, everything
-    for window in (small, v1):
-        yield bf16, window, 64, everything
+    for head_dim in (32, 64):
+        yield bf16, small, head_dim, cosine
+        yield bf16, small, head_dim, {**padded, "dropout": True}
+    yield bf16, v1, 64, everything
     yield bf16, v1, 128, everything
     for window in (v1, v2, wide, deep):
         yield bf16, window, 32, padded
