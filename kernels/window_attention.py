@@ -209,7 +209,7 @@ def _inverse_total(total):
     The log-sum-exp is rounded like any number, at large logits by more than a weight can bear: the backward takes it
     for a maximum only, and divides by its own totals.
     """
-    return tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+    return tl.where(total == 0.0, 0.0, 1.0 / total)
 
 
 @triton.jit
@@ -318,28 +318,17 @@ def _expand_bias(
     table_ptr,
     bias_ptr,
     num_heads,
-    mask_value,
     WZ: tl.constexpr,
     WY: tl.constexpr,
     WX: tl.constexpr,
-    SZ: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sixteen rows of what is added to a head's logits, ``(kinds, H, BLOCK, BLOCK)`` fp32: bias, shift mask, and -inf
-    for keys past the window. A window's kind is its ``_last_windows``."""
+    """Sixteen rows of a head's bias tile, fp32, -inf for keys past the window."""
     head = tl.program_id(0) % num_heads
-    rest = tl.program_id(0) // num_heads
-    i = rest % (BLOCK // 16) * 16 + tl.arange(0, 16)
-    last = rest // (BLOCK // 16)
+    i = tl.program_id(0) // num_heads * 16 + tl.arange(0, 16)
     j = tl.arange(0, BLOCK)
     tile = _bias_tile(table_ptr, bias_ptr, head, num_heads, i, j, WZ, WY, WX)
-    round_i = _rolled_round(i, WZ, WY, WX, SZ, SY, SX) & last
-    round_j = _rolled_round(j, WZ, WY, WX, SZ, SY, SX) & last
-    tile += tl.where(round_i[:, None] != round_j[None, :], mask_value, 0.0)
-    at = ((last.to(tl.int64) * num_heads + head) * BLOCK + i[:, None]) * BLOCK + j[None, :]
-    tl.store(tile_ptr + at, tile)
+    tl.store(tile_ptr + (head.to(tl.int64) * BLOCK + i[:, None]) * BLOCK + j[None, :], tile)
 
 
 @triton.jit(do_not_specialize=_INTS)
@@ -364,6 +353,7 @@ def _backward_tile(
     threshold,
     keep_scale,
     scale,
+    mask_value,
     WZ: tl.constexpr,
     WY: tl.constexpr,
     WX: tl.constexpr,
@@ -382,6 +372,7 @@ def _backward_tile(
     first = part * per_program
     C = num_heads * D
     i = tl.arange(0, BLOCK)
+    came_round = _rolled_round(i, WZ, WY, WX, SZ, SY, SX)
     d = tl.arange(0, BLOCK_D)
     factor = scale
     if head_scale_ptr is not None:
@@ -405,12 +396,15 @@ def _backward_tile(
         if head_scale_ptr is not None:
             inverse_q, above_q = _inverse_norm(q)
             inverse_k, above_k = _inverse_norm(k)
-        # Bias and mask are read for every window, from L1: made here or kept in registers they would make these spill.
-        kind = head.to(tl.int64)
-        if SZ + SY + SX > 0:
-            kind += _last_windows(window, size_z, size_y, size_x, WZ, WY, WX).to(tl.int64) * num_heads
-        tile = tl.load(tile_ptr + (kind * BLOCK + i[:, None]) * BLOCK + i[None, :])
-        s = _logits(q, k, inverse_q, inverse_k, tile, factor, None, None, None, None, False)
+        if tile_ptr is not None:
+            # Read for every window, from L1: kept in registers it would make them spill.
+            tile = tl.load(tile_ptr + head.to(tl.int64) * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :])
+        else:
+            tile = tl.where((i < N)[None, :], tl.zeros((BLOCK, BLOCK), tl.float32), float("-inf"))
+        last = _last_windows(window, size_z, size_y, size_x, WZ, WY, WX)
+        s = _logits(
+            q, k, inverse_q, inverse_k, tile, factor, came_round, came_round, last, mask_value, SZ + SY + SX > 0
+        )
         p = tl.exp(s - lse[:, None])
         p *= _inverse_total(tl.sum(p, 1))[:, None]
         used, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, i, N)
@@ -1057,7 +1051,7 @@ class _Backward:
 
 
 def _backward_plan(grad_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> _Backward:
-    bias_table, bias, head_scale, qkv_bias, _, num_heads, window, shift, *_, dropout_p, needs = rest
+    bias_table, bias, head_scale, qkv_bias, _, num_heads, window, *_, dropout_p, needs = rest
     shape = _shape(qkv, num_heads, window)
     tile = backward_tile(
         shape.tokens,
@@ -1082,8 +1076,7 @@ def _backward_plan(grad_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> _B
     bias_parts = part(need_bias, parts, num_heads, shape.tokens, shape.tokens)
     head_parts = part(head_scale is not None and needs[2], owners, num_heads)
     fill_parts = part(qkv_bias is not None and needs[3] and shape.padded, owners, 2, qkv.shape[-1] // 3)
-    kinds = 8 if any(shift) else 1
-    tile_bias = part(tile.whole, kinds, num_heads, tile.block, tile.block)  # at most 128 KiB a head
+    tile_bias = part(tile.whole and (bias_table is not None or bias is not None), num_heads, tile.block, tile.block)
     arguments = {
         **_shared(qkv, *rest[:-1]),
         "grad_out_ptr": grad_out,
@@ -1098,16 +1091,14 @@ def _backward_plan(grad_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> _B
         "per_program": per_program,
         "BLOCK": tile.block,
     }
+    launches = []
+    if tile_bias is not None:
+        launches.append(_launch(_expand_bias, num_heads * (tile.block // 16), 4, **arguments))
     if tile.whole:
-        launches = [
-            _launch(_expand_bias, kinds * num_heads * (tile.block // 16), 4, **arguments),
-            _launch(_backward_tile, owners * num_heads, tile.warps, **arguments),
-        ]
+        launches.append(_launch(_backward_tile, owners * num_heads, tile.warps, **arguments))
         return _Backward(launches, grad_qkv, bias_parts, head_parts, fill_parts)
-    launches = [
-        _launch(_backward_queries, owners * num_heads, tile.warps, **arguments),
-        _launch(_backward_keys, owners * num_heads, tile.warps, **arguments),
-    ]
+    launches.append(_launch(_backward_queries, owners * num_heads, tile.warps, **arguments))
+    launches.append(_launch(_backward_keys, owners * num_heads, tile.warps, **arguments))
     if need_bias:
         arguments["BLOCK"] = tile_of_bias.block
         launches.append(_launch(_backward_bias, parts * tiles_of_bias * num_heads, tile_of_bias.warps, **arguments))
