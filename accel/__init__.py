@@ -1,13 +1,34 @@
-"""Custom kernels for PyTorch: attention over windows, with the biases, masks and gradients that models really have.
+"""Custom kernels for PyTorch: attention with the biases, masks and gradients that models really have.
 
 Everything here runs on GPU and CPU, has gradients, and refuses in a sentence what it cannot do.
 """
 
 from accel._version import __version__
 from accel.dispatch import explain, use
+from accel.ops._attention_rules import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets
+from accel.ops.softmax_attention import softmax_attention
 from accel.ops.window_attention import window_attention
+from accel.packing import pad, unpad
+from accel.sdpa import scaled_dot_product_attention
 
-__all__ = ["__version__", "explain", "nn", "patch", "unpatch", "use", "window_attention"]
+__all__ = [
+    "BlockCausal",
+    "BlockDiffusion",
+    "Grid2D",
+    "PrefixLM",
+    "T5Buckets",
+    "__version__",
+    "explain",
+    "nn",
+    "pad",
+    "patch",
+    "scaled_dot_product_attention",
+    "softmax_attention",
+    "unpad",
+    "unpatch",
+    "use",
+    "window_attention",
+]
 
 from accel import nn
 from accel.patch import patch, unpatch

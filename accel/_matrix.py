@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from accel import dispatch, patches
-from accel.ops import window_attention as _window_attention  # noqa: F401  registers the op
+from accel.ops import softmax_attention as _softmax_attention  # noqa: F401  registers the op
+from accel.ops import window_attention as _window_attention  # noqa: F401
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

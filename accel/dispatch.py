@@ -41,6 +41,8 @@ class Op:
     arguments that every backend receives; its first element is the tensor whose device decides."""
 
     name: str
+    function: Callable[..., Any]
+    """The public one."""
     prepare: Callable[..., Any]
     backends: tuple[Backend, ...]
     example: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]

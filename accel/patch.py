@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from accel import dispatch
-from accel.ops.window_attention import OP, window_attention
 from accel.patches import TABLE, Entry, class_path
 
 __all__ = ["PatchReport", "Replacement", "Row", "patch", "unpatch"]
@@ -62,13 +61,15 @@ class Replacement:
             return getattr(type(module), entry.attribute)(module, *args, **kwargs)
         return entry.compute(module, self._attend, **given)
 
-    def _attend(self, qkv: Tensor, bias_table: Tensor | None = None, **how: Any) -> Tensor:
+    def _attend(self, first: Tensor, *args: Any, **how: Any) -> Any:
+        """The op, and a note of the backend it runs on."""
+        op = dispatch.OPS[self.entry.op]
         if not torch.compiler.is_compiling():
-            asked = (qkv.dtype, qkv.device, dispatch._settings.backend)
+            asked = (first.dtype, first.device, dispatch._settings.backend)
             if asked != self._asked:  # the choice depends on nothing else that changes from call to call
-                args = OP.prepare(qkv, bias_table, **{**how, "dropout_p": 0.0})
-                self.backend, self._asked = dispatch.select(OP, args).name, asked
-        return window_attention(qkv, bias_table, **how)
+                prepared = op.prepare(first, *args, **{**how, "dropout_p": 0.0})
+                self.backend, self._asked = dispatch.select(op, prepared).name, asked
+        return op.function(first, *args, **how)
 
     def _count_fallback(self, reason: str) -> None:
         if reason not in self.fallbacks:

@@ -113,7 +113,9 @@ def test_an_op_that_cannot_be_asked_is_a_problem(capsys, monkeypatch):
         raise RuntimeError("example fell over")
 
     op = dispatch.OPS["window_attention"]
-    monkeypatch.setitem(dispatch.OPS, "window_attention", dispatch.Op(op.name, op.prepare, op.backends, broken_example))
+    monkeypatch.setitem(
+        dispatch.OPS, "window_attention", dispatch.Op(op.name, op.function, op.prepare, op.backends, broken_example)
+    )
     code, text = ask(capsys)
     assert code == 1
     assert "window_attention on cpu in float32 cannot be asked: RuntimeError: example fell over" in text

@@ -491,6 +491,7 @@ def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str
 OP = dispatch.register(
     dispatch.Op(
         name="window_attention",
+        function=window_attention,
         prepare=_prepare,
         example=_example,
         backends=(

@@ -1,0 +1,326 @@
+"""Checking the arguments of :func:`accel.softmax_attention`, and turning rules into the tensors kernels read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from accel.ops._attention_rules import (
+    BiasIndex,
+    BlockCausal,
+    BlockDiffusion,
+    Grid2D,
+    Pattern,
+    PrefixLM,
+    Queries,
+    T5Buckets,
+    key_intervals,
+)
+
+INT32_MAX = 2**31 - 1
+
+
+class _IndexFacts(NamedTuple):
+    version: int
+    low: int
+    high: int
+    line: Tensor | None  # the values along i − j = −(S−1) .. T−1 where nothing else matters
+    small: Tensor  # int32
+
+
+_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _along_diagonals(index: Tensor) -> Tensor:
+    """The value on each diagonal of ``(T, S)``, by i − j from −(S−1) on."""
+    return torch.cat([index[0].flip(0), index[1:, 0]])
+
+
+def _index_facts(index: Tensor) -> _IndexFacts:
+    """Range and structure of an index, read once per tensor and version: it is the same at every call of a model."""
+    known = _facts.get(index)
+    if known is None or known.version != index._version:
+        toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
+        low, high = (int(x) for x in torch.aminmax(index))
+        line = _along_diagonals(index).to(torch.int64) if toeplitz else None
+        small = index.to(torch.int32).contiguous() if low > -INT32_MAX and high < INT32_MAX else index
+        known = _IndexFacts(index._version, low, high, line, small)
+        _facts[index] = known
+    return known
+
+
+def check_float(x: Any, name: str, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+
+
+def broadcast(x: Tensor, name: str, full: Sequence[int]) -> Tensor:
+    """``x`` as a 4-D tensor whose sizes are those of ``full`` or 1."""
+    if x.dim() > 4:
+        raise ValueError(f"{name} must broadcast to {tuple(full)} (B, Hq, T, S), got {tuple(x.shape)=}")
+    x = x.reshape([1] * (4 - x.dim()) + list(x.shape))
+    if any([n not in (1, m) for n, m in zip(x.shape, full, strict=True)]):
+        raise ValueError(f"{name} must broadcast to {tuple(full)} (B, Hq, T, S), got {tuple(x.shape)}")
+    # an axis that was expanded is read and differentiated once
+    for axis in range(4):
+        if x.shape[axis] > 1 and x.stride(axis) == 0:
+            x = x.narrow(axis, 0, 1)
+    return x
+
+
+class Packed(NamedTuple):
+    """Checked offsets of a packed batch, and bounds of its lengths that need no look at a device."""
+
+    q: Tensor  # int32
+    k: Tensor
+    longest_q: int
+    longest_k: int
+    sequences: int
+    same: bool  # keys are packed as queries are
+
+
+def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
+    """Check one ``cu_seqlens`` and return the longest sequence, or a bound of it where the values are on a GPU."""
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {getattr(given, 'dtype', type(given).__name__)}")
+    if given.dim() != 1 or given.numel() < 2:
+        raise ValueError(f"{name} must hold the starts of sequences and the end of the last, got {tuple(given.shape)=}")
+    if given.device != q.device:
+        raise ValueError(f"{name} is on {given.device} but q is on {q.device}")
+    if given.device.type != "cpu" or torch.compiler.is_compiling():
+        return total
+    values = given.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(values)]
+    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
+        shown = values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]
+        raise ValueError(f"{name} must rise from 0 to the {total} packed tokens without falling, got {shown}")
+    return max(lengths)
+
+
+def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed | None:
+    if cu_q is None:
+        if cu_k is not None:
+            raise ValueError(f"cu_seqlens_k needs cu_seqlens_q, got {tuple(cu_k.shape)=} alone")
+        return None
+    if q.shape[0] != 1:
+        raise ValueError(f"the packed form is (1, H, total, D), got {tuple(q.shape)=}")
+    longest_q = _check_offsets(cu_q, "cu_seqlens_q", q.shape[2], q)
+    if cu_k is None:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"cu_seqlens_k is needed where queries and keys differ in number: {tuple(q.shape)=}, {tuple(k.shape)=}"
+            )
+        small = cu_q.to(torch.int32)
+        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True)
+    longest_k = _check_offsets(cu_k, "cu_seqlens_k", k.shape[2], q)
+    if cu_k.numel() != cu_q.numel():
+        raise ValueError(f"as many sequences of queries as of keys: {tuple(cu_q.shape)=}, {tuple(cu_k.shape)=}")
+    return Packed(cu_q.to(torch.int32), cu_k.to(torch.int32), longest_q, longest_k, cu_q.numel() - 1, False)
+
+
+class Rule(NamedTuple):
+    left: int
+    right: int
+    top_left: bool
+    patterns: tuple[Pattern, ...]
+
+    @property
+    def everything(self) -> bool:
+        return self.left < 0 and self.right < 0 and not self.patterns
+
+
+def read_rule(causal: bool | str, window: Sequence[int] | None, pattern: Any) -> Rule:
+    if causal not in (False, True, "top_left", "bottom_right"):
+        raise ValueError(f"causal must be True, False, 'top_left' or 'bottom_right', got {causal=}")
+    left, right = -1, -1
+    if window is not None:
+        if isinstance(window, int) or len(window) != 2 or any([not isinstance(n, int) or n < -1 for n in window]):
+            raise ValueError(f"window must be (left, right), each at least 0, or -1 for no bound, got {window=}")
+        left, right = window
+    if causal is not False:
+        right = 0
+    patterns = () if pattern is None else tuple(pattern) if isinstance(pattern, list | tuple) else (pattern,)
+    for p in patterns:
+        if not isinstance(p, PrefixLM | BlockCausal | BlockDiffusion):
+            raise TypeError(f"pattern must be PrefixLM, BlockCausal or BlockDiffusion, got {p!r}")
+    if sum([isinstance(p, BlockDiffusion) for p in patterns]) > 1:
+        raise ValueError(f"at most one BlockDiffusion, got {patterns}")
+    return Rule(left, right, causal == "top_left", patterns)
+
+
+def check_patterns(rule: Rule, batch: int, queries: int, keys: int, packed: Packed | None) -> None:
+    for p in rule.patterns:
+        if isinstance(p, BlockDiffusion):
+            if queries != keys or (packed is not None and not packed.same):
+                raise ValueError(f"{p} needs as many queries as keys, got T={queries}, S={keys}")
+            odd = queries % 2
+            if packed is not None and packed.q.device.type == "cpu" and not torch.compiler.is_compiling():
+                odd = int((packed.q % 2).any())
+            if odd:
+                raise ValueError(f"{p} needs sequences of a noised and a clean half, of even length, got {queries}")
+        if isinstance(p, PrefixLM) and not isinstance(p.lengths, int):
+            count = batch if packed is None else packed.sequences
+            given = torch.as_tensor(p.lengths)
+            if tuple(given.shape) != (count,):
+                raise ValueError(f"PrefixLM needs a length for each of {count} sequences, got {tuple(given.shape)}")
+
+
+def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Any, last: int) -> Tensor:
+    """The tensor ``rows`` of :class:`Args`; ``shift_i`` is the query's position less the first key's place, + turn."""
+    batch, queries = q.shape[0], q.shape[2]
+    at = torch.arange(queries, device=q.device, dtype=torch.int32)[None]
+    first_key: Any = 0
+    if packed is None:
+        sequence = torch.arange(batch, device=q.device)[:, None]
+        aligned = at if rule.top_left else at + (keys - queries)
+        where = Queries(at, aligned, queries, keys, sequence)
+        real = None
+    else:
+        sequence = (torch.searchsorted(packed.q, at[0], right=True) - 1).clamp(0, packed.sequences - 1)[None]
+        start, first_key = packed.q[sequence], packed.k[sequence]
+        count, key_count = packed.q[sequence + 1] - start, packed.k[sequence + 1] - first_key
+        real = at < packed.q[-1]
+        position = at - start
+        aligned = position if rule.top_left else position + (key_count - count)
+        where = Queries(position, aligned, count, key_count, sequence)
+        turn = turn(count, key_count)
+    bounds = [
+        (b.clamp_min(0).minimum(torch.as_tensor(where.keys, device=q.device)) + first_key).clamp(0, keys)
+        for b in key_intervals(where, rule.left, rule.right, rule.patterns)
+    ]
+    if real is not None:
+        bounds = [torch.where(real, b, 0) for b in bounds]
+    shift = where.position + first_key + turn
+    return torch.stack(torch.broadcast_tensors(*bounds, shift.clamp(0, last)), -1).to(torch.int32).contiguous()
+
+
+def distance_bias(
+    table: Tensor | None,
+    index: BiasIndex | None,
+    slopes: Tensor | None,
+    queries: int,
+    keys: int,
+    packed: Packed | None,
+    inner: torch.dtype,
+) -> tuple[Tensor | None, Any]:
+    """The line, and the turn that a query's place gets in it: ``shift = position + first key + turn``.
+
+    Element m of the line is for query − key = m − (keys − 1), of the longest sequences in packed form; ALiBi counts
+    from the last query beside the last key instead.
+    """
+    long_q, long_k = (queries, keys) if packed is None else (packed.longest_q, packed.longest_k)
+    length = max(1, long_q + long_k - 1)
+    device = table.device if table is not None else slopes.device if slopes is not None else None
+    line = None
+    ragged = packed is not None and not packed.same
+    distance = torch.arange(length, device=device) - (long_k - 1)
+    if table is not None:
+        if isinstance(index, str):
+            row = distance + (table.shape[0] - 1) // 2
+            row = torch.arange(length, device=device) if packed is None else row.clamp(0, table.shape[0] - 1)
+        elif isinstance(index, T5Buckets):
+            row = index.rows_of(distance, table.shape[0])
+        else:
+            assert isinstance(index, Tensor)
+            row = index
+        line = F.embedding(row, table.to(inner)).t()  # whose backward adds up in a fixed order
+    if slopes is not None:
+        if ragged and line is not None:
+            raise NotImplementedError(
+                "alibi_slopes with bias_table in packed form need queries and keys packed alike: where lengths differ, "
+                "the two count distances from different ends"
+            )
+        if packed is None:
+            distance = distance + (keys - queries)
+        elif ragged:
+            distance = torch.arange(length, device=device) - (long_q - 1)
+        alibi = -slopes.to(inner)[:, None] * distance.abs().to(inner)
+        line = alibi if line is None else line + alibi
+    if packed is None:
+        return line, keys - 1
+    if ragged and slopes is not None:
+        return line, lambda count, key_count: key_count - count + long_q - 1
+    return line, lambda count, key_count: long_k - 1
+
+
+def check_table(
+    table: Tensor | None, index: BiasIndex | None, q: Tensor, keys: int, packed: Packed | None
+) -> tuple[BiasIndex | None, Tensor | None, list[int]]:
+    """Check ``bias_table`` with ``bias_index``: a rule by distance, or ``None`` with an index tensor or a grid."""
+    heads, queries = q.shape[1], q.shape[2]
+    if table is None:
+        if index is not None:
+            raise ValueError(f"bias_index needs bias_table, got {index!r:.80}")
+        return None, None, []
+    check_float(table, "bias_table", q)
+    if table.dim() != 2 or table.shape[1] != heads or table.shape[0] < 1:
+        raise ValueError(f"bias_table must be (R, {heads}), a column per query head, got {tuple(table.shape)=}")
+    rows = table.shape[0]
+    if isinstance(index, str):
+        if index != "toeplitz":
+            raise ValueError(f"bias_index must be 'toeplitz', a rule or an integer tensor (T, S), got {index!r}")
+        if packed is None and rows != queries + keys - 1:
+            raise ValueError(f"a 'toeplitz' table has T + S − 1 = {queries + keys - 1} rows, got {tuple(table.shape)=}")
+        if packed is not None:
+            if rows % 2 == 0:
+                raise ValueError(f"in packed form a 'toeplitz' table has its middle row at distance 0, got {rows} rows")
+            far = max(packed.longest_q, packed.longest_k) - 1
+            if packed.q.device.type == "cpu" and rows // 2 < far:
+                raise ValueError(f"distances reach {far}, the {rows} rows of bias_table reach {rows // 2}")
+        return index, None, []
+    if isinstance(index, T5Buckets):
+        return index, None, []
+    if isinstance(index, Grid2D):
+        if packed is not None:
+            raise ValueError(f"{index} has one size: give sequences of {index.tokens} tokens as a batch, not packed")
+        if (queries, keys) != (index.tokens, index.tokens) or rows != index.rows:
+            raise ValueError(
+                f"{index} is for T = S = {index.tokens} and a bias_table of {index.rows} rows, "
+                f"got T={queries}, S={keys}, {tuple(table.shape)=}"
+            )
+        return None, None, [index.h, index.w, index.extra]
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        kind = getattr(index, "dtype", type(index).__name__)
+        raise TypeError(f"bias_index must be an integer tensor, 'toeplitz', T5Buckets or Grid2D, got {kind}")
+    if packed is not None:
+        raise ValueError(f"in packed form bias_index is a rule, not a tensor of {tuple(index.shape)}")
+    if tuple(index.shape) != (queries, keys):
+        raise ValueError(f"bias_index must be ({queries}, {keys}), got {tuple(index.shape)=}")
+    if index.device != q.device:
+        raise ValueError(f"bias_index is on {index.device} but q is on {q.device}")
+    if index.numel() == 0 or torch.compiler.is_compiling():
+        return None, index.to(torch.int32).contiguous(), []
+    facts = _index_facts(index)
+    if facts.low < 0 or facts.high >= rows:
+        raise ValueError(f"bias_index reaches from {facts.low} to {facts.high}, bias_table has rows 0 to {rows - 1}")
+    return (facts.line, None, []) if facts.line is not None else (None, facts.small, [])
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float(x, name, q if isinstance(q, Tensor) else x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (B, H, tokens, head size), got {tuple(x.shape)=}")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    shapes = f"{tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q (B, Hq, T, D), k (B, Hkv, S, D) and v (B, Hkv, S, E) do not fit: {shapes}")
+    if q.shape[1] != 0 and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
+        raise ValueError(f"the heads of k and v must divide those of q: {shapes}")
+
+
+def check_per_head(x: Tensor | None, name: str, q: Tensor) -> None:
+    if x is None:
+        return
+    check_float(x, name, q)
+    if tuple(x.shape) != (q.shape[1],):
+        raise ValueError(f"{name} must be ({q.shape[1]},), one per query head, got {tuple(x.shape)=}")

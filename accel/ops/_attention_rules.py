@@ -1,0 +1,198 @@
+"""Which keys a query may see, and which relative position a pair has, as short integer tensors made on the host.
+
+Every rule gives a query at most two intervals of keys, so that causal order, windows, prefixes, blocks and packed
+documents together are one ``(B or 1, T, 5)`` tensor: the kernels know no rule by name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Interval = tuple[Any, Any]
+"""First key and the key behind the last, each an int or an int32 tensor over queries."""
+
+
+class Queries(NamedTuple):
+    """Where each query stands; every field an int or an int32 tensor that broadcasts to ``(B or 1, T)``."""
+
+    position: Any  # within its sequence
+    aligned: Any  # the same with the last query beside the last key, or unchanged for top-left alignment
+    queries: Any  # length of its sequence
+    keys: Any  # number of keys of its sequence
+    sequence: Any  # index of its sequence: the batch entry, or the document
+
+
+# --- patterns ---
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixLM:
+    """The first ``lengths`` keys are seen by every query, later ones by queries at or after them (bottom-right).
+
+    Args:
+        lengths: an int, or one per sequence of the batch (per document in packed form) as a sequence or an integer
+            tensor ``(B,)``; at least 0.
+    """
+
+    lengths: int | Sequence[int] | Tensor
+
+    def intervals(self, at: Queries) -> list[Interval]:
+        lengths = self.lengths
+        if not isinstance(lengths, int):
+            given = torch.as_tensor(lengths)
+            if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
+                raise ValueError(f"PrefixLM takes an int or integers (B,), got {given.dtype} {tuple(given.shape)}")
+            lengths = given.to(at.position.device, torch.int32)[at.sequence]
+        return [(0, torch.maximum(at.aligned + 1, torch.as_tensor(lengths, device=at.position.device)))]
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """Blocks of ``n`` tokens see themselves whole and all blocks before them (bottom-right)."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_block(self)
+
+    def intervals(self, at: Queries) -> list[Interval]:
+        return [(0, (at.aligned.div(self.n, rounding_mode="floor") + 1) * self.n)]
+
+
+@dataclass(frozen=True)
+class BlockDiffusion:
+    """The training mask of block diffusion: a noised copy of the sequence followed by the clean one, blocks of ``n``.
+
+    A noised token sees its own noised block and the clean blocks before it; a clean token sees the clean blocks up to
+    its own. T = S, even (each document of a packed batch). Arriola et al., Block Diffusion (2025).
+    """
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_block(self)
+
+    def intervals(self, at: Queries) -> list[Interval]:
+        half = at.keys // 2
+        noised = at.position < half
+        start = torch.where(noised, at.position, at.position - half).div(self.n, rounding_mode="floor") * self.n
+        end = torch.minimum(start + self.n, torch.as_tensor(half, device=start.device))
+        own = (torch.where(noised, start, half), torch.where(noised, end, half + end))
+        return [own, (half, torch.where(noised, half + start, half))]
+
+
+def _check_block(pattern: BlockCausal | BlockDiffusion) -> None:
+    if not isinstance(pattern.n, int) or pattern.n < 1:
+        raise ValueError(f"{type(pattern).__name__} takes a positive block size, got {pattern.n!r}")
+
+
+Pattern = PrefixLM | BlockCausal | BlockDiffusion
+
+
+def key_intervals(at: Queries, left: int, right: int, patterns: Sequence[Pattern]) -> tuple[Tensor, ...]:
+    """``first0, end0, first1, end1`` of the keys each query sees: sorted, within its sequence, empty as first = end.
+
+    ``left`` and ``right`` bound the distance before and after the aligned position, inclusive, −1 without a bound.
+    """
+    low, high = torch.zeros_like(at.position), torch.zeros_like(at.position) + at.keys
+    if left >= 0:
+        low = torch.maximum(low, at.aligned - left)
+    if right >= 0:
+        high = torch.minimum(high, at.aligned + right + 1)
+    pieces: list[Interval] = [(low, high)]
+    for pattern in patterns:
+        pieces = [
+            (torch.maximum(a, torch.as_tensor(c, device=a.device)), torch.minimum(b, d))
+            for a, b in pieces
+            for c, d in pattern.intervals(at)
+        ]
+    (a, b), (c, d) = pieces[0], pieces[1] if len(pieces) > 1 else (high, high)
+    return a, torch.maximum(a, b), c, torch.maximum(c, d)
+
+
+# --- relative positions ---
+
+
+@dataclass(frozen=True)
+class T5Buckets:
+    """The logarithmic buckets of T5's relative position bias; their number is the rows of the table.
+
+    Args:
+        bidirectional: half of the buckets for keys after the query (encoder), else later keys share bucket 0.
+        max_distance: from here on all distances share the last bucket.
+        q_offset: position of the first query among the keys, for decoding with a cache.
+
+    Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer (2020).
+    """
+
+    bidirectional: bool = True
+    max_distance: int = 128
+    q_offset: int = 0
+
+    def rows_of(self, distance: Tensor, buckets: int) -> Tensor:
+        """Bucket of each ``distance`` = query − key, int64."""
+        away = -(distance + self.q_offset)  # key − query
+        first = torch.zeros_like(away)
+        if self.bidirectional:
+            buckets //= 2
+            first = (away > 0) * buckets
+            away = away.abs()
+        else:
+            away = -away.clamp_max(0)
+        exact = buckets // 2
+        if exact < 1 or self.max_distance <= exact:
+            raise ValueError(f"{self!r} leaves no room for {buckets} buckets a direction")
+        # fp32 and this order of operations, so that the edges of the buckets fall where T5's own do
+        ratio = torch.log(away.clamp_min(1).float() / exact) / math.log(self.max_distance / exact)
+        far = (exact + (ratio * (buckets - exact)).to(torch.int64)).clamp_max(buckets - 1)
+        return first + torch.where(away < exact, away, far)
+
+
+@dataclass(frozen=True)
+class Grid2D:
+    """Tokens of an ``h`` × ``w`` grid, row by row, behind ``extra`` tokens without a place on it (a class token).
+
+    The table's row for query i and key j is ``(yi−yj+h−1)·(2w−1) + (xi−xj+w−1)``, as in Swin (``extra=0``). With extra
+    tokens three more rows follow, as in BEiT: extra to grid, grid to extra, extra to extra.
+    """
+
+    h: int
+    w: int
+    extra: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.h, self.w) < 1 or self.extra < 0:
+            raise ValueError(f"a grid has positive sides and no negative number of extra tokens, got {self!r}")
+
+    @property
+    def tokens(self) -> int:
+        return self.h * self.w + self.extra
+
+    @property
+    def rows(self) -> int:
+        return (2 * self.h - 1) * (2 * self.w - 1) + (3 if self.extra else 0)
+
+
+def grid_index(grid: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """The rows of :class:`Grid2D`'s table as an int64 tensor ``(T, T)``: its definition."""
+    h, w, extra = grid
+    at = torch.arange(h * w, device=device)
+    y, x = at // w, at % w
+    index = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    if not extra:
+        return index
+    rows = (2 * h - 1) * (2 * w - 1)
+    out = index.new_full((h * w + extra, h * w + extra), rows + 2)
+    out[:extra, extra:] = rows
+    out[extra:, :extra] = rows + 1
+    out[extra:, extra:] = index
+    return out
+
+
+BiasIndex = Tensor | str | T5Buckets | Grid2D
