@@ -154,7 +154,8 @@ def _cpu_forward(*args: Any) -> Any:
 
 
 def _cpu_backward(*args: Any) -> Any:
-    return torch.ops.accel_native.softmax_attention_backward.default(*args)
+    *args_, needs = args
+    return torch.ops.accel_native.softmax_attention_backward.default(*args_, *needs)
 
 
 def _why_not_triton(args: Args) -> str | None:

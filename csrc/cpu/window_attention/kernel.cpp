@@ -7,42 +7,21 @@
 #include "params.h"
 
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <new>
 #include <vector>
 
 #include "../_gemm.h"
 #include "../_philox.h"
+#include "../_scratch.h"
+#include "../_table.h"
 
 namespace accel::ACCEL_ISA {
 
-constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr float LN_2 = 0.69314718055994530942f;
 constexpr float NORM_EPS = 1e-12f;
 
 int width() { return W; }
 
 namespace {
-
-// Cache-line aligned scratch of one worker.
-class Buffer {
- public:
-  explicit Buffer(int64_t floats)
-      : size_(floats), data_(static_cast<float*>(std::aligned_alloc(64, size_t(padded_to(floats + 1, 16)) * sizeof(float)))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-  operator float*() const { return data_; }
-  float* data() const { return data_; }
-  float* end() const { return data_ + size_; }
-
- private:
-  int64_t size_;
-  float* data_;
-};
 
 // Rows of logits handled together: all of a small window, else as many as keep the block near the first-level cache.
 int rows_at_once(int64_t tokens, int64_t ld) {
@@ -337,27 +316,6 @@ void forward(const Params& p, int64_t from, int64_t to) {
   }
 }
 
-// Rows of the bias table: a line of keys (one y of the window) has consecutive rows, downwards.
-struct TableIndex {
-  int64_t stride_z, stride_y;
-  const int64_t* window;
-
-  explicit TableIndex(const int64_t* window)
-      : stride_z((2 * window[1] - 1) * (2 * window[2] - 1)), stride_y(2 * window[2] - 1), window(window) {}
-
-  int64_t rows() const { return (2 * window[0] - 1) * stride_z; }
-
-  // f(first key j, its table row) for every line of keys of query i.
-  template <typename F>
-  void for_each_line(int i, F f) const {
-    const int64_t xi = i % window[2], yi = i / window[2] % window[1], zi = i / (window[2] * window[1]);
-    int j = 0;
-    for (int64_t z = 0; z < window[0]; ++z)
-      for (int64_t y = 0; y < window[1]; ++y, j += int(window[2]))
-        f(j, (zi - z + window[0] - 1) * stride_z + (yi - y + window[1] - 1) * stride_y + xi + window[2] - 1);
-  }
-};
-
 // Gradient through x / max(|x|, eps), given the normalised row and 1 / max(|x|, eps); padded is a multiple of W.
 void through_norm(float* grad, const float* unit, float inverse, int padded) {
   vf dot{};
@@ -501,8 +459,8 @@ class Backward {
       std::fill(out, out + b.table_rows, 0.0f);
       TableIndex table(p.window);
       for (int i = 0; i < N; ++i)
-        table.for_each_line(i, [&](int j, int64_t r) {
-          for (int64_t x = 0; x < p.window[2]; ++x) out[r - x] += sum[int64_t(i) * ld + j + x];
+        table.for_each_line(i, 0, N, [&](int64_t j, int64_t r, int64_t count) {
+          for (int64_t x = 0; x < count; ++x) out[r - x] += sum[int64_t(i) * ld + j + x];
         });
     } else if (b.want_dense) {
       for (int i = 0; i < N; ++i)
@@ -534,9 +492,9 @@ void expand_bias(const Params& p, const float* table, const float* dense, float*
     for (int64_t r = 0; r < rows; ++r) column[size_t(rows - 1 - r)] = table[r * p.heads + h] * LOG2_E;
     for (int i = 0; i < N; ++i) {
       if (table) {
-        index.for_each_line(i, [&](int j, int64_t first) {
+        index.for_each_line(i, 0, N, [&](int64_t j, int64_t first, int64_t count) {
           const float* line = column.data() + (rows - 1 - first);
-          for (int64_t x = 0; x < p.window[2]; x += W) store(row.data() + j + x, load(line + x));
+          for (int64_t x = 0; x < count; x += W) store(row.data() + j + x, load(line + x));
         });
       } else {
         for (int j = 0; j < N; ++j) row[size_t(j)] = dense ? dense[(h * N + i) * N + j] * LOG2_E : 0.0f;

@@ -1,0 +1,139 @@
+// Forward: online softmax over blocks of keys (Dao et al., FlashAttention), a task per run of query tiles.
+#pragma once
+
+#include "tile.h"
+
+namespace accel::ACCEL_ISA::softmax {
+
+template <typename T>
+class Forward {
+ public:
+  explicit Forward(const Params& p)
+      : p(p),
+        logits(p),
+        group(p.heads / p.kv_heads),
+        q(p.chunk_tiles * TILE_ROWS, p.head_dim),
+        k(BLOCK_KEYS, p.head_dim),
+        v(BLOCK_KEYS, p.value_dim),
+        k_ld(spread(BLOCK_KEYS)),
+        k_t(int64_t(k.padded) * k_ld),
+        out(p.chunk_tiles * TILE_ROWS, p.value_dim),
+        top(p.chunk_tiles * TILE_ROWS),
+        total(p.chunk_tiles * TILE_ROWS) {}
+
+  void run(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      // Early and late tiles take turns: with a causal mask they differ in work, and workers get runs of tasks.
+      const int64_t turn = task % p.chunks, pair = task / p.chunks;
+      chunk(pair / p.kv_heads, pair % p.kv_heads, turn % 2 ? p.chunks - 1 - turn / 2 : turn / 2);
+    }
+  }
+
+ private:
+  // Tile n of a kv head's query heads, one head after the other.
+  const Tile& tile_of(int64_t b, int64_t n) const { return p.tiles[b * p.tiles_batch + n % p.tile_count]; }
+  int64_t head_of(int64_t kv, int64_t n) const { return kv * group + n / p.tile_count; }
+
+  void chunk(int64_t b, int64_t kv, int64_t index) {
+    const int64_t first = index * p.chunk_tiles, end = std::min(first + p.chunk_tiles, group * p.tile_count);
+    const float factor = p.softcap > 0.0f ? p.scale : p.scale * LOG2_E;
+    int low = int(p.keys), high = 0;
+    q.forget();
+    for (int64_t n = first; n < end; ++n) {
+      const Tile& tile = tile_of(b, n);
+      const int64_t row = (n - first) * TILE_ROWS;
+      for (int i = 0; i < tile.count; ++i) {
+        q.pack(row + i, row_of<T>(p.q, b, head_of(kv, n), tile.query + i), factor);
+        out.clear(row + i);
+      }
+      std::fill_n(top + row, TILE_ROWS, NEG_INF);
+      std::fill_n(total + row, TILE_ROWS, 0.0f);
+      for (int i = 0; i < 2; ++i)
+        if (tile.first[i] < tile.end[i]) low = std::min(low, tile.first[i]), high = std::max(high, tile.end[i]);
+    }
+    for (int64_t block = low / BLOCK_KEYS * BLOCK_KEYS; block < high; block += BLOCK_KEYS) {
+      const int count = int(std::min<int64_t>(BLOCK_KEYS, p.keys - block));
+      bool packed = false;
+      for (int64_t n = first; n < end; ++n) {
+        const Tile& tile = tile_of(b, n);
+        const Span span = meet(tile, block, count);
+        if (span.empty()) continue;
+        if (!packed) {
+          pack_block<T>(k, p.k, b, kv, block, count);
+          transpose(k.at(0), k.ld, k_t, k_ld, vectors(count), k.padded, 1.0f);
+          pack_block<T>(v, p.v, b, kv, block, count);
+          packed = true;
+        }
+        step(b, head_of(kv, n), tile, (n - first) * TILE_ROWS, block, span);
+      }
+    }
+    for (int64_t n = first; n < end; ++n) finish(b, head_of(kv, n), tile_of(b, n), (n - first) * TILE_ROWS);
+  }
+
+  void step(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
+    logits.compute(q, row, k, k_t, k_ld, b, h, tile, block, s);
+    logits.find_spoiled(nullptr, 0, v, tile.count, s);
+    for (int i = 0; i < tile.count; ++i) weigh(logits.x + int64_t(i) * logits.ld, row + i, s);
+    if (p.dropout)
+      for (int i = 0; i < tile.count; ++i)
+        for (int j = s.live_from; j < s.live_to; ++j)
+          logits.x[int64_t(i) * logits.ld + j] *= logits.keep(b, h, tile.query + i, block + j);
+    logits.spoil_pairs(logits.x);
+    gemm({logits.x + s.from, logits.ld, 1, v.at(s.from), v.ld, out.at(row), out.ld, out.at(row), out.ld, s.to - s.from},
+         tile.count, out.padded / W);
+  }
+
+  // Logits of a row to weights 2^(x − top); what was summed so far is brought to the new top.
+  void weigh(float* x, int64_t row, const Span& s) {
+    vf most = load(x + s.from);
+    for (int j = s.from + W; j < s.to; j += W) most = max(load(x + j), most);
+    const vf now = max(max_lanes(most), splat(top[row]));
+    if (now[0] == NEG_INF) {
+      std::fill(x + s.from, x + s.to, 0.0f);
+      return;
+    }
+    vf sum{};
+    for (int j = s.from; j < s.to; j += W) {
+      const vf y = exp2_nonpositive(load(x + j) - now);
+      store(x + j, y);
+      sum += y;
+    }
+    if (now[0] != top[row]) {
+      const vf shrink = exp2_nonpositive(splat(top[row]) - now);
+      total[row] *= shrink[0];
+      float* o = out.at(row);
+      for (int e = 0; e < out.padded; e += W) store(o + e, load(o + e) * shrink);
+      top[row] = now[0];
+    }
+    total[row] += sum_lanes(sum)[0];
+  }
+
+  void finish(int64_t b, int64_t h, const Tile& tile, int64_t row) {
+    for (int i = 0; i < tile.count; ++i, ++row) {
+      const int64_t at = (b * p.heads + h) * p.queries + tile.query + i;
+      float most = top[row], sum = total[row], shrink = 1.0f;
+      if (p.sinks) {
+        const float sink = p.sinks[h] * LOG2_E, whole = std::max(most, sink);
+        if (whole != NEG_INF) {
+          shrink = std::exp2(most - whole);
+          sum = sum * shrink + std::exp2(sink - whole);
+          most = whole;
+        }
+      }
+      p.lse[at] = most == NEG_INF ? NEG_INF : (most + std::log2(sum)) * LN_2;
+      T* dst = static_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head + (tile.query + i) * p.out.token;
+      store_row(dst, out.at(row), p.value_dim, most == NEG_INF ? 0.0f : shrink / sum);
+    }
+  }
+
+  const Params& p;
+  Logits logits;
+  const int64_t group;
+  Rows q, k, v;
+  const int k_ld;
+  Buffer k_t;
+  Rows out;
+  Buffer top, total;
+};
+
+}  // namespace accel::ACCEL_ISA::softmax

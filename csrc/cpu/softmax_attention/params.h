@@ -1,0 +1,96 @@
+// What the binding hands to a kernel: plain pointers and sizes, no torch type.
+#pragma once
+
+#include <cstdint>
+
+namespace accel::softmax_attention {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+// (B, H, tokens, size) with any strides, in elements, and the last axis contiguous.
+struct Strided {
+  void* data;
+  int64_t batch, head, token;
+};
+
+// A run of queries handled together, and which keys its rows see: between `first` and `end` some row does, between
+// `all_first` and `all_end` every row, in each of the two intervals.
+struct Tile {
+  int query, count;
+  int first[2], end[2], all_first[2], all_end[2];
+};
+
+// Floats around a line, so that the vectors of a tile may read past its ends.
+constexpr int LINE_MARGIN = 128;
+constexpr int TILE_ROWS = 64;  // at most that many queries a tile
+constexpr int BLOCK_KEYS = 128;
+
+struct Params {
+  int64_t batch, heads, kv_heads, queries, keys;  // B, Hq, Hkv, T, S
+  int head_dim, value_dim;                        // D, E
+  Dtype dtype;
+  float scale, softcap;  // softcap 0: none
+  Strided q, k, v;
+  const float* bias;  // dense, strides 0 along axes it is broadcast over; null if none
+  int64_t bias_stride[4];
+  const uint8_t* mask;
+  int64_t mask_stride[4];
+  // Logits of a distance, times log2(e) unless a softcap comes before: line[h][i − j], turned round so that keys read
+  // it forwards; query i finds key j at line + h · line_stride + line_length − 1 − shift_i + j.
+  const float* line;
+  int64_t line_length, line_stride;
+  const float* table;  // (Hq, R) in the same units, rows turned round where there is a grid
+  int64_t table_rows;
+  const int32_t* index;  // (T, S), or null: the grid
+  int64_t grid[3];       // 1, h, w behind `extra` tokens
+  int64_t extra;
+  const int32_t* rows;  // (B or 1, T, 5), or null
+  int64_t rows_batch;   // stride
+  const float* sinks;
+  const Tile* tiles;  // (B or 1, tile_count)
+  int64_t tile_count, tiles_batch;
+  bool dropout;
+  uint64_t seed, drop_below;
+  float keep_scale;
+  int64_t chunk_tiles, chunks;  // a forward task: so many tiles of the queries of one kv head
+  Strided out;
+  float* lse;  // (B, Hq, T)
+};
+
+// A backward task is a run of batch entries, a run of kv heads and a run of keys. All follow from shapes alone, so that
+// sums have the same order whatever the number of threads.
+struct BackwardParams {
+  Params forward;
+  Strided grad_out;
+  const float* delta;  // (B, Hq, T)
+  Strided grad_q, grad_k, grad_v;
+  float* grad_bias;  // zeroed, in the shape of bias, or null
+  int64_t grad_bias_stride[4];
+  int64_t batch_runs, head_runs, key_runs;
+  int64_t keys_per_run;    // a multiple of BLOCK_KEYS
+  float* part_q;           // (key_runs, B, Hq, T, D) where key_runs > 1
+  float* part_line;        // (batch_runs · key_runs, Hq, line_length) turned round as line is, or null
+  float* part_table;       // (batch_runs · key_runs, Hq, table_rows) as table is, or null
+};
+
+#define ACCEL_SOFTMAX_ATTENTION_LEVEL                                               \
+  void softmax_attention_forward(const Params& p, int64_t from, int64_t to);        \
+  void softmax_attention_backward(const BackwardParams& p, int64_t from, int64_t to); \
+  void softmax_attention_sum_queries(const BackwardParams& p, int64_t from, int64_t to);
+
+}  // namespace accel::softmax_attention
+
+namespace accel::portable::softmax {
+using namespace accel::softmax_attention;
+ACCEL_SOFTMAX_ATTENTION_LEVEL
+}
+#if defined(__x86_64__)
+namespace accel::avx2::softmax {
+using namespace accel::softmax_attention;
+ACCEL_SOFTMAX_ATTENTION_LEVEL
+}
+namespace accel::avx512::softmax {
+using namespace accel::softmax_attention;
+ACCEL_SOFTMAX_ATTENTION_LEVEL
+}
+#endif

@@ -1,0 +1,329 @@
+// One tile of logits, queries × keys: packing of its operands, biases and masks. Shared by forward and backward.
+//
+// Operands are packed as fp32 rows whose stride is an odd number of cache lines, so that a column of them does not fall
+// into a few sets of the cache. What is not finite is replaced by zero there and remembered, since 0 · NaN would carry
+// it to queries that may not see it; pairs that may see it are made NaN instead.
+#pragma once
+
+#include "params.h"
+
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../_gemm.h"
+#include "../_philox.h"
+#include "../_scratch.h"
+#include "../_table.h"
+
+namespace accel::ACCEL_ISA::softmax {
+
+constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+// Row stride for n floats: whole vectors, an odd number of cache lines.
+inline int spread(int n) {
+  const int lines = int(round_up(n, 16) / 16);
+  return 16 * (lines | 1);
+}
+
+inline int vectors(int n) { return int(round_up(n, W)); }
+
+// Rows of one operand in fp32, with a note of those that held something not finite.
+class Rows {
+ public:
+  Rows(int64_t rows, int size) : size(size), padded(vectors(size)), ld(spread(size)), data_(rows * ld), bad_(size_t(rows)) {}
+
+  template <typename T>
+  void pack(int64_t row, const T* src, float mul) {
+    float* dst = at(row);
+    load_row(src, dst, size, padded);
+    vf check{};
+    for (int d = 0; d < padded; d += W) {
+      vf x = load(dst + d);
+      check += x * 0.0f;
+      store(dst + d, x * mul);
+    }
+    const bool bad = !(sum_lanes(check)[0] == 0.0f);
+    bad_[size_t(row)] = bad;
+    if (bad) {
+      any_bad_ = true;
+      for (int d = 0; d < padded; ++d)
+        if (!std::isfinite(dst[d])) dst[d] = 0.0f;
+    }
+  }
+
+  void clear(int64_t row) {
+    std::fill_n(at(row), padded, 0.0f);
+    bad_[size_t(row)] = false;
+  }
+
+  void forget() { any_bad_ = false; }
+  float* at(int64_t row) const { return data_ + row * ld; }
+  bool bad(int64_t row) const { return bad_[size_t(row)]; }
+  bool any_bad() const { return any_bad_; }
+
+  const int size, padded, ld;
+
+ private:
+  Buffer data_;
+  std::vector<char> bad_;
+  bool any_bad_ = false;
+};
+
+template <typename T>
+const T* row_of(const Strided& x, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const T*>(x.data) + b * x.batch + h * x.head + t * x.token;
+}
+
+// The keys of one block: rows [first, first + count), then zeros up to whole vectors.
+template <typename T>
+void pack_block(Rows& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
+  rows.forget();
+  for (int j = 0; j < count; ++j) rows.pack(j, row_of<T>(x, b, h, first + j), 1.0f);
+  for (int j = count; j < vectors(count); ++j) rows.clear(j);
+}
+
+// tanh, relative error below 4e-7.
+inline vf tanh(vf x) {
+  const vf sign = reinterpret_cast<vf>(reinterpret_cast<vi>(x) & int32_t(0x80000000));
+  const vf a = reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff);
+  const vf e = exp2_nonpositive(a * (-2.0f * LOG2_E));
+  const vf large = (1.0f - e) / (1.0f + e);
+  const vf s = a * a;  // near 0 that difference loses digits: the Taylor series, whose next term is below 2e-7
+  vf p = splat(-1382.0f / 155925.0f);
+  p = p * s + 62.0f / 2835.0f;
+  p = p * s - 17.0f / 315.0f;
+  p = p * s + 2.0f / 15.0f;
+  p = p * s - 1.0f / 3.0f;
+  const vf small = a + a * s * p;
+  const vf y = a < 0.45f ? small : large;
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(y) | reinterpret_cast<vi>(sign));
+}
+
+inline vi lanes() {
+  vi x;
+  for (int i = 0; i < W; ++i) x[i] = i;
+  return x;
+}
+
+// Where a tile meets a block of keys: columns [from, to) of the block in whole vectors, of which some row sees
+// [live_from, live_to).
+struct Span {
+  int from, to, live_from, live_to;
+  bool whole;  // every row sees every column
+  bool empty() const { return live_from >= live_to; }
+};
+
+inline Span meet(const Tile& tile, int64_t block, int count) {
+  const int first = int(block), end = int(block) + count;
+  Span s{0, 0, count, 0, false};
+  int parts = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int a = std::max(tile.first[i], first), b = std::min(tile.end[i], end);
+    if (a >= b) continue;
+    ++parts;
+    s.live_from = std::min(s.live_from, a - first);
+    s.live_to = std::max(s.live_to, b - first);
+  }
+  if (s.empty()) return s;
+  s.from = s.live_from / W * W;
+  s.to = vectors(s.live_to);
+  for (int i = 0; i < 2; ++i)
+    s.whole |= tile.all_first[i] <= first + s.from && first + s.to <= tile.all_end[i];
+  return s;
+}
+
+// Where one query's keys lie.
+struct Seen {
+  int first0, end0, first1, end1, shift;
+};
+
+// The logits of tiles, in units of log2(e).
+class Logits {
+ public:
+  explicit Logits(const Params& p)
+      : p(p),
+        ld(spread(BLOCK_KEYS)),
+        bias_ld(ld),
+        x(int64_t(TILE_ROWS) * ld),
+        unit(p.softcap > 0.0f ? 1.0f : LOG2_E),
+        filled_(p.bias || p.table ? 1 : 0),
+        init_(filled_ || (p.line && p.softcap > 0.0f) ? int64_t(TILE_ROWS) * ld : 0),
+        slope_(p.softcap > 0.0f ? int64_t(TILE_ROWS) * ld : 0) {}
+
+  Seen seen(int64_t b, int64_t i) const {
+    if (!p.rows) return {0, int(p.keys), 0, 0, int(i + p.keys - 1)};
+    const int32_t* r = p.rows + b * p.rows_batch + i * 5;
+    return {r[0], r[1], r[2], r[3], r[4]};
+  }
+
+  // x = logits of the tile's queries (packed rows from q on) and the span's keys; −∞ where a query may not see a key.
+  void compute(const Rows& q, int64_t q_row, const Rows& k, const float* k_t, int k_ld, int64_t b, int64_t h,
+               const Tile& tile, int64_t block, const Span& s) {
+    const int width = s.to - s.from;
+    const float* init = nullptr;
+    int64_t init_ld = 0;
+    if (filled_) {
+      fill_bias(b, h, tile, block, s);
+      init = init_ + s.from;
+      init_ld = bias_ld;
+    } else if (p.line) {
+      init = line_of(b, h, tile) + block + s.from;
+      init_ld = -1;
+    }
+    const bool capped = p.softcap > 0.0f;
+    Gemm g{q.at(q_row), q.ld, 1, k_t + s.from, k_ld, x + s.from, ld, capped ? nullptr : init, init_ld, q.size};
+    gemm(g, tile.count, width / W);
+    if (q.any_bad() || k.any_bad()) spoil(q, q_row, k, tile.count, s);
+    if (capped) cap(tile.count, s, init, init_ld);
+    if (!s.whole) apply_rules(b, tile, block, s);
+    if (p.mask) apply_mask(b, h, tile, block, s);
+  }
+
+  // Pairs that may see a row of `keys` or `queries` that was not finite; call it before weights replace the logits.
+  void find_spoiled(const Rows* queries, int64_t q_row, const Rows& keys, int count, const Span& s) {
+    spoiled_.clear();
+    if (!keys.any_bad() && !(queries && queries->any_bad())) return;
+    for (int i = 0; i < count; ++i)
+      for (int j = s.from; j < s.to; ++j)
+        if ((keys.bad(j) || (queries && queries->bad(q_row + i))) && !(x[int64_t(i) * ld + j] == NEG_INF))
+          spoiled_.push_back(int64_t(i) * ld + j);
+  }
+  void spoil_pairs(float* tile) const {
+    for (int64_t at : spoiled_) tile[at] = NOT_A_NUMBER;
+  }
+
+  // d logit / d (q·k) of the tile's pair, where there is a softcap.
+  const float* slope() const { return slope_; }
+
+  float keep(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const uint64_t position = ((uint64_t(b) * p.heads + h) * p.queries + i) * p.keys + j;
+    return philox(p.seed, position) >= p.drop_below ? p.keep_scale : 0.0f;
+  }
+
+  // The first query's place in its line, such that key j is at + j; the next query's is one less.
+  int64_t line_offset(int64_t b, const Tile& tile) const { return p.line_length - 1 - seen(b, tile.query).shift; }
+
+  const Params& p;
+  const int ld, bias_ld;
+  Buffer x;
+
+ private:
+  const float* line_of(int64_t b, int64_t h, const Tile& tile) const {
+    return p.line + h * p.line_stride + line_offset(b, tile);
+  }
+
+  void fill_bias(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    const int to = int(std::min<int64_t>(s.to, p.keys - block));
+    for (int i = 0; i < tile.count; ++i) {
+      float* row = init_ + int64_t(i) * bias_ld;
+      if (p.line) {
+        const float* line = line_of(b, h, tile) + block - i;
+        for (int j = s.from; j < s.to; j += W) store(row + j, load(line + j));
+      } else {
+        std::fill(row + s.from, row + s.to, 0.0f);
+      }
+      if (p.bias) {
+        const float* src = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + (tile.query + i) * p.bias_stride[2] +
+                           block * p.bias_stride[3];
+        if (p.bias_stride[3] == 1) {
+          int j = s.from;
+          for (; j + W <= to; j += W) store(row + j, load(row + j) + load(src + j) * unit);
+          for (; j < to; ++j) row[j] += src[j] * unit;
+        } else {
+          for (int j = s.from; j < to; ++j) row[j] += src[j * p.bias_stride[3]] * unit;
+        }
+      }
+      if (p.table) add_table(h, tile.query + i, block, s.from, to, row);
+    }
+  }
+
+  void add_table(int64_t h, int64_t i, int64_t block, int from, int to, float* row) const {
+    const float* column = p.table + h * p.table_rows;
+    if (p.index) {
+      const int32_t* at = p.index + i * p.keys + block;
+      for (int j = from; j < to; ++j) row[j] += column[at[j]];
+      return;
+    }
+    for_each_grid_line(i, block + from, block + to, [&](int64_t j, int64_t turned, int64_t count, int64_t step) {
+      float* dst = row + (j - block);
+      const float* src = column + turned;
+      for (int64_t n = 0; n < count; ++n) dst[n] += src[n * step];
+    });
+  }
+
+  void cap(int count, const Span& s, const float* init, int64_t init_ld) {
+    const float inverse = 1.0f / p.softcap;
+    for (int i = 0; i < count; ++i) {
+      float* row = x + int64_t(i) * ld;
+      float* slope = slope_ + int64_t(i) * ld;
+      const float* add = init ? init - s.from + i * init_ld : nullptr;
+      for (int j = s.from; j < s.to; j += W) {
+        const vf t = tanh(load(row + j) * inverse);
+        vf y = t * p.softcap;
+        if (add) y += load(add + j);
+        store(row + j, y * LOG2_E);
+        store(slope + j, 1.0f - t * t);
+      }
+    }
+  }
+
+  void apply_rules(int64_t b, const Tile& tile, int64_t block, const Span& s) {
+    const vf none = splat(NEG_INF);
+    for (int i = 0; i < tile.count; ++i) {
+      const Seen r = seen(b, tile.query + i);
+      const int first = int(block) + s.from, end = int(block) + s.to;
+      if ((r.first0 <= first && end <= r.end0) || (r.first1 <= first && end <= r.end1)) continue;
+      float* row = x + int64_t(i) * ld;
+      for (int j = s.from; j < s.to; j += W) {
+        const vi at = lanes() + int(block + j);
+        const vi in = ((at >= r.first0) & (at < r.end0)) | ((at >= r.first1) & (at < r.end1));
+        store(row + j, in ? load(row + j) : none);
+      }
+    }
+  }
+
+  void apply_mask(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    const int to = int(std::min<int64_t>(s.to, p.keys - block));
+    for (int i = 0; i < tile.count; ++i) {
+      const uint8_t* src = p.mask + b * p.mask_stride[0] + h * p.mask_stride[1] + (tile.query + i) * p.mask_stride[2] +
+                           block * p.mask_stride[3];
+      float* row = x + int64_t(i) * ld;
+      for (int j = s.from; j < to; ++j) row[j] = src[j * p.mask_stride[3]] ? row[j] : NEG_INF;
+    }
+  }
+
+  void spoil(const Rows& q, int64_t q_row, const Rows& k, int count, const Span& s) {
+    for (int i = 0; i < count; ++i)
+      for (int j = s.from; j < s.to; ++j)
+        if (q.bad(q_row + i) || k.bad(j)) x[int64_t(i) * ld + j] = NOT_A_NUMBER;
+  }
+
+ public:
+  // f(first key, offset of its row in a turned column of the table, keys, step of the offset) along query i.
+  template <typename F>
+  void for_each_grid_line(int64_t i, int64_t from, int64_t to, F f) const {
+    const TableIndex table(p.grid);
+    const int64_t special = table.rows(), last = p.table_rows - 1;
+    if (from < p.extra) {
+      const int64_t end = std::min(to, p.extra);
+      f(from, last - (i < p.extra ? special + 2 : special + 1), end - from, 0);
+      from = end;
+    }
+    if (from >= to) return;
+    if (i < p.extra) return f(from, last - special, to - from, 0);
+    table.for_each_line(i - p.extra, from - p.extra, to - p.extra,
+                        [&](int64_t j, int64_t row, int64_t count) { f(j + p.extra, last - row, count, 1); });
+  }
+
+ private:
+  const float unit;
+  const int filled_;
+  Buffer init_;   // bias of the tile
+  Buffer slope_;  // 1 − tanh²
+  std::vector<int64_t> spoiled_;
+};
+
+}  // namespace accel::ACCEL_ISA::softmax
