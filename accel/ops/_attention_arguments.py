@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,36 @@ from accel.ops._attention_rules import (
 INT32_MAX = 2**31 - 1
 
 
+# --- what is the same at every call of a model is made once ---
+
+
+def _may_remember(*tensors: Tensor) -> bool:
+    """Whether what follows from these tensors' values or shapes may outlive the call: they are plain tensors, whose
+    changes are counted, outside of tracing and of the capture of a CUDA graph."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if any([type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors]):
+        return False
+    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+class _Recent(OrderedDict[Any, Tensor]):
+    """The last few tensors made, by what they were made from."""
+
+    def get_or_make(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key in self:
+            self.move_to_end(key)
+        else:
+            with torch.inference_mode(False):  # a later call may save it for a backward
+                self[key] = make()
+            if len(self) > 64:
+                self.popitem(last=False)
+        return self[key]
+
+
+_recent = _Recent()
+
+
 class _IndexFacts(NamedTuple):
     version: int
     low: int
@@ -44,14 +76,16 @@ def _along_diagonals(index: Tensor) -> Tensor:
 
 def _index_facts(index: Tensor) -> _IndexFacts:
     """Range and structure of an index, read once per tensor and version: it is the same at every call of a model."""
-    known = _facts.get(index)
+    may = _may_remember(index)
+    known = _facts.get(index) if may else None
     if known is None or known.version != index._version:
         toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
         low, high = (int(x) for x in torch.aminmax(index))
         line = _along_diagonals(index).to(torch.int64) if toeplitz else None
         small = index.to(torch.int32).contiguous() if low > -INT32_MAX and high < INT32_MAX else index
-        known = _IndexFacts(index._version, low, high, line, small)
-        _facts[index] = known
+        known = _IndexFacts(index._version if may else 0, low, high, line, small)
+        if may:
+            _facts[index] = known
     return known
 
 
@@ -85,6 +119,7 @@ class Packed(NamedTuple):
     longest_k: int
     sequences: int
     same: bool  # keys are packed as queries are
+    recent: _Recent  # tensors made from these offsets
 
 
 def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
@@ -105,6 +140,17 @@ def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
     return max(lengths)
 
 
+class _PackedFacts(NamedTuple):
+    version: int
+    other: Callable[[], Tensor | None]  # cu_seqlens_k, as long as it lives
+    other_version: int
+    totals: tuple[int, int]
+    packed: Packed
+
+
+_packed_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
 def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed | None:
     if cu_q is None:
         if cu_k is not None:
@@ -112,18 +158,31 @@ def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) 
         return None
     if q.shape[0] != 1:
         raise ValueError(f"the packed form is (1, H, total, D), got {tuple(q.shape)=}")
+    given = [x for x in (cu_q, cu_k) if x is not None]
+    if not all([isinstance(x, Tensor) for x in given]) or not _may_remember(*given):
+        return _read_packed(cu_q, cu_k, q, k)
+    other = cu_q if cu_k is None else cu_k
+    key = (cu_q._version, other._version, (q.shape[2], k.shape[2]))
+    known = _packed_facts.get(cu_q)
+    if known is None or known.other() is not other or (known.version, known.other_version, known.totals) != key:
+        known = _PackedFacts(key[0], weakref.ref(other), key[1], key[2], _read_packed(cu_q, cu_k, q, k))
+        _packed_facts[cu_q] = known
+    return known.packed
+
+
+def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed:
     longest_q = _check_offsets(cu_q, "cu_seqlens_q", q.shape[2], q)
+    small = cu_q.to(torch.int32)
     if cu_k is None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
                 f"cu_seqlens_k is needed where queries and keys differ in number: {tuple(q.shape)=}, {tuple(k.shape)=}"
             )
-        small = cu_q.to(torch.int32)
-        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True)
+        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True, _Recent())
     longest_k = _check_offsets(cu_k, "cu_seqlens_k", k.shape[2], q)
     if cu_k.numel() != cu_q.numel():
         raise ValueError(f"as many sequences of queries as of keys: {tuple(cu_q.shape)=}, {tuple(cu_k.shape)=}")
-    return Packed(cu_q.to(torch.int32), cu_k.to(torch.int32), longest_q, longest_k, cu_q.numel() - 1, False)
+    return Packed(small, cu_k.to(torch.int32), longest_q, longest_k, cu_q.numel() - 1, False, _Recent())
 
 
 class Rule(NamedTuple):
@@ -173,11 +232,29 @@ def check_patterns(rule: Rule, batch: int, queries: int, keys: int, packed: Pack
                 raise ValueError(f"PrefixLM needs a length for each of {count} sequences, got {tuple(given.shape)}")
 
 
-def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Any, last: int) -> Tensor:
-    """The tensor ``rows`` of :class:`Args`; ``shift_i`` is the query's position less the first key's place, + turn."""
+class Turn(NamedTuple):
+    """What a query's place in the line has added, so that key j finds its element at ``place − j``."""
+
+    add: int
+    by_length: bool = False  # and the keys of its sequence less the queries
+
+
+def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Turn, last: int) -> Tensor:
+    """The tensor ``rows`` of :class:`Args`; the same one again for the same rule, sizes and offsets."""
+    fixed = all([not isinstance(p, PrefixLM) or isinstance(p.lengths, int) for p in rule.patterns])
+    if not fixed or not _may_remember(q.detach() if q.requires_grad else q):
+        return _make_rows(rule, q, keys, packed, turn, last)
+    patterns = tuple([(type(p), p.lengths if isinstance(p, PrefixLM) else p.n) for p in rule.patterns])
+    key = (q.device, q.shape[2], keys, rule[:3], patterns, turn, last)
+    recent = _recent if packed is None else packed.recent
+    return recent.get_or_make(key, lambda: _make_rows(rule, q, keys, packed, turn, last))
+
+
+def _make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Turn, last: int) -> Tensor:
     batch, queries = q.shape[0], q.shape[2]
     at = torch.arange(queries, device=q.device, dtype=torch.int32)[None]
     first_key: Any = 0
+    add: Any = turn.add
     if packed is None:
         sequence = torch.arange(batch, device=q.device)[:, None]
         aligned = at if rule.top_left else at + (keys - queries)
@@ -191,14 +268,14 @@ def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Any
         position = at - start
         aligned = position if rule.top_left else position + (key_count - count)
         where = Queries(position, aligned, count, key_count, sequence)
-        turn = turn(count, key_count)
+        add = add + key_count - count if turn.by_length else add
     bounds = [
         (b.clamp_min(0).minimum(torch.as_tensor(where.keys, device=q.device)) + first_key).clamp(0, keys)
         for b in key_intervals(where, rule.left, rule.right, rule.patterns)
     ]
     if real is not None:
         bounds = [torch.where(real, b, 0) for b in bounds]
-    shift = where.position + first_key + turn
+    shift = where.position + first_key + add
     return torch.stack(torch.broadcast_tensors(*bounds, shift.clamp(0, last)), -1).to(torch.int32).contiguous()
 
 
@@ -210,7 +287,7 @@ def distance_bias(
     keys: int,
     packed: Packed | None,
     inner: torch.dtype,
-) -> tuple[Tensor | None, Any]:
+) -> tuple[Tensor | None, Turn]:
     """The line, and the turn that a query's place gets in it: ``shift = position + first key + turn``.
 
     Element m of the line is for query − key = m − (keys − 1), of the longest sequences in packed form; ALiBi counts
@@ -245,10 +322,10 @@ def distance_bias(
         alibi = -slopes.to(inner)[:, None] * distance.abs().to(inner)
         line = alibi if line is None else line + alibi
     if packed is None:
-        return line, keys - 1
+        return line, Turn(keys - 1)
     if ragged and slopes is not None:
-        return line, lambda count, key_count: key_count - count + long_q - 1
-    return line, lambda count, key_count: long_k - 1
+        return line, Turn(long_q - 1, by_length=True)
+    return line, Turn(long_k - 1)
 
 
 def check_table(
@@ -311,11 +388,14 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be (B, H, tokens, head size), got {tuple(x.shape)=}")
     if not (q.dtype == k.dtype == v.dtype):
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    shapes = f"{tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
-    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q (B, Hq, T, D), k (B, Hkv, S, D) and v (B, Hkv, S, E) do not fit: {shapes}")
-    if q.shape[1] != 0 and (k.shape[1] == 0 or q.shape[1] % k.shape[1]):
-        raise ValueError(f"the heads of k and v must divide those of q: {shapes}")
+    b, h, _, d = q.shape
+    problem = ""
+    if k.shape[:3] != v.shape[:3] or b != k.shape[0] or d != k.shape[3]:
+        problem = "q (B, Hq, T, D), k (B, Hkv, S, D) and v (B, Hkv, S, E) do not fit"
+    elif h != 0 and (k.shape[1] == 0 or h % k.shape[1]):
+        problem = "the heads of k and v must divide those of q"
+    if problem:
+        raise ValueError(f"{problem}: {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}")
 
 
 def check_per_head(x: Tensor | None, name: str, q: Tensor) -> None:

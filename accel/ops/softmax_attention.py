@@ -13,6 +13,7 @@ from torch import Tensor
 from accel import dispatch, library, philox
 from accel.ops._attention_arguments import (
     INT32_MAX,
+    Turn,
     broadcast,
     check_float,
     check_patterns,
@@ -334,13 +335,13 @@ def _prepare(
 
     inner = torch.float64 if q.dtype == torch.float64 else torch.float32
     table = bias_table if by_distance is None else None
-    turn: Any = keys - 1
+    turn = Turn(keys - 1)
     line = None
     if by_distance is not None or alibi_slopes is not None:
         ranked = bias_table if by_distance is not None else None
         line, turn = distance_bias(ranked, by_distance, alibi_slopes, queries, keys, packed, inner)
     elif packed is not None:
-        turn = lambda count, key_count: 0  # noqa: E731  nothing reads the place, only where it jumps
+        turn = Turn(0)  # nothing reads the place, only where it jumps
     last = max(queries + keys - 2, 0) if line is None else line.shape[1] - 1 + keys
     plain = rule.everything and packed is None
     causal_only = rule.right == 0 and rule.left < 0 and not rule.patterns and packed is None
@@ -351,7 +352,7 @@ def _prepare(
         bias=bias,
         line=line,
         table=None if table is None else table.to(inner).contiguous(),
-        sinks=None if sinks is None else sinks.to(inner),
+        sinks=None if sinks is None else sinks.to(inner).contiguous(),
         mask=mask,
         bias_index=index,
         rows=None if plain else make_rows(rule, q, keys, packed, turn, last),

@@ -2,8 +2,7 @@
 // form that accel/ops/softmax_attention.py gives it, which is the only caller and the place where the op is defined.
 
 #include <algorithm>
-#include <array>
-#include <cmath>
+#include <atomic>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -144,10 +143,13 @@ void describe_biases(Call& call, const OptionalTensor& bias, const OptionalTenso
     STD_TORCH_CHECK(index->scalar_type() == ScalarType::Int && index->numel() == p.queries * p.keys,
                     "bias_index must be (T, S) int32");
     p.index = static_cast<const int32_t*>(index->const_data_ptr());
-    uint32_t most = 0;
-    for (int64_t n = 0; n < index->numel(); ++n) most = std::max(most, uint32_t(p.index[n]));
-    STD_TORCH_CHECK(index->numel() == 0 || most < uint64_t(p.table_rows), "bias_index reaches outside of a table of ",
-                    p.table_rows, " rows");
+    std::atomic<bool> outside{p.table_rows >= int64_t(1) << 31};
+    torch::stable::parallel_for(0, index->numel(), 1 << 16, [&](int64_t from, int64_t to) {
+      uint32_t signs = 0;  // of the index and of what is left to the last row
+      for (int64_t n = from; n < to; ++n) signs |= uint32_t(p.index[n]) | (uint32_t(p.table_rows - 1) - uint32_t(p.index[n]));
+      if (signs >> 31) outside = true;
+    });
+    STD_TORCH_CHECK(!outside, "bias_index reaches outside of a table of ", p.table_rows, " rows");
     return;
   }
   STD_TORCH_CHECK(grid.size() == 3 && grid[0] > 0 && grid[1] > 0 && grid[2] >= 0, "bias_table needs an index or a grid");

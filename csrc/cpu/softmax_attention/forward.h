@@ -5,6 +5,8 @@
 
 namespace accel::ACCEL_ISA::softmax {
 
+constexpr int FEW_ROWS = 4;  // of a task: decoding one token, also with a few query heads to a key head
+
 template <typename T>
 class Forward {
  public:
@@ -37,7 +39,7 @@ class Forward {
   void chunk(int64_t b, int64_t kv, int64_t index) {
     const int64_t first = index * p.chunk_tiles, end = std::min(first + p.chunk_tiles, group * p.tile_count);
     const float factor = p.softcap > 0.0f ? p.scale : p.scale * LOG2_E;
-    int low = int(p.keys), high = 0;
+    int low = int(p.keys), high = 0, rows = 0;
     q.forget();
     for (int64_t n = first; n < end; ++n) {
       const Tile& tile = tile_of(b, n);
@@ -46,6 +48,7 @@ class Forward {
         q.pack(row + i, row_of<T>(p.q, b, head_of(kv, n), tile.query + i), factor);
         out.clear(row + i);
       }
+      rows += tile.count;
       std::fill_n(top + row, TILE_ROWS, NEG_INF);
       std::fill_n(total + row, TILE_ROWS, 0.0f);
       for (int i = 0; i < 2; ++i)
@@ -58,6 +61,10 @@ class Forward {
         const Tile& tile = tile_of(b, n);
         const Span span = meet(tile, block, count);
         if (span.empty()) continue;
+        if (rows <= FEW_ROWS) {
+          step_few(b, kv, head_of(kv, n), tile, (n - first) * TILE_ROWS, block, span);
+          continue;
+        }
         if (!packed) {
           pack_block<T>(k, p.k, b, kv, block, count);
           transpose(k.at(0), k.ld, k_t, k_ld, vectors(count), k.padded, 1.0f);
@@ -73,14 +80,36 @@ class Forward {
   void step(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
     logits.compute(q, row, k, k_t, k_ld, b, h, tile, block, s);
     logits.find_spoiled(nullptr, 0, v, tile.count, s);
-    for (int i = 0; i < tile.count; ++i) weigh(logits.x + int64_t(i) * logits.ld, row + i, s);
-    if (p.dropout)
-      for (int i = 0; i < tile.count; ++i)
-        for (int j = s.live_from; j < s.live_to; ++j)
-          logits.x[int64_t(i) * logits.ld + j] *= logits.keep(b, h, tile.query + i, block + j);
+    weigh_tile(b, h, tile, row, block, s);
     logits.spoil_pairs(logits.x);
     gemm({logits.x + s.from, logits.ld, 1, v.at(s.from), v.ld, out.at(row), out.ld, out.at(row), out.ld, s.to - s.from},
          tile.count, out.padded / W);
+  }
+
+  // Keys and values read where they lie; a value of weight 0 is not touched.
+  void step_few(int64_t b, int64_t kv, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
+    logits.template compute_few<T>(q, row, kv, b, h, tile, block, s);
+    weigh_tile(b, h, tile, row, block, s);
+    for (int i = 0; i < tile.count; ++i) {
+      const float* weight = logits.x + int64_t(i) * logits.ld;
+      float* o = out.at(row + i);
+      const T* values = row_of<T>(p.v, b, kv, block);
+      for (int j = s.live_from; j < s.live_to; ++j) {
+        if (weight[j] == 0.0f) continue;
+        const T* value = values + j * p.v.token;
+        int e = 0;
+        for (; e + W <= p.value_dim; e += W) store(o + e, load(o + e) + load(value + e) * weight[j]);
+        for (; e < p.value_dim; ++e) o[e] += to_float(value[e]) * weight[j];
+      }
+    }
+  }
+
+  void weigh_tile(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
+    for (int i = 0; i < tile.count; ++i) weigh(logits.x + int64_t(i) * logits.ld, row + i, s);
+    if (!p.dropout) return;
+    for (int i = 0; i < tile.count; ++i)
+      for (int j = s.live_from; j < s.live_to; ++j)
+        logits.x[int64_t(i) * logits.ld + j] *= logits.keep(b, h, tile.query + i, block + j);
   }
 
   // Logits of a row to weights 2^(x − top); what was summed so far is brought to the new top.

@@ -162,24 +162,28 @@ class Logits {
   // x = logits of the tile's queries (packed rows from q on) and the span's keys; −∞ where a query may not see a key.
   void compute(const Rows& q, int64_t q_row, const Rows& k, const float* k_t, int k_ld, int64_t b, int64_t h,
                const Tile& tile, int64_t block, const Span& s) {
-    const int width = s.to - s.from;
-    const float* init = nullptr;
-    int64_t init_ld = 0;
-    if (filled_) {
-      fill_bias(b, h, tile, block, s);
-      init = init_ + s.from;
-      init_ld = bias_ld;
-    } else if (p.line) {
-      init = line_of(b, h, tile) + block + s.from;
-      init_ld = -1;
-    }
-    const bool capped = p.softcap > 0.0f;
-    Gemm g{q.at(q_row), q.ld, 1, k_t + s.from, k_ld, x + s.from, ld, capped ? nullptr : init, init_ld, q.size};
-    gemm(g, tile.count, width / W);
+    const Init init = find_init(b, h, tile, block, s);
+    Gemm g{q.at(q_row), q.ld, 1, k_t + s.from, k_ld, x + s.from, ld, capped() ? nullptr : init.at, init.ld, q.size};
+    gemm(g, tile.count, (s.to - s.from) / W);
     if (q.any_bad() || k.any_bad()) spoil(q, q_row, k, tile.count, s);
-    if (capped) cap(tile.count, s, init, init_ld);
-    if (!s.whole) apply_rules(b, tile, block, s);
-    if (p.mask) apply_mask(b, h, tile, block, s);
+    finish(b, h, tile, block, s, init);
+  }
+
+  // The same for a few queries, where packing the keys would cost more than the products.
+  template <typename T>
+  void compute_few(const Rows& q, int64_t q_row, int64_t kv, int64_t b, int64_t h, const Tile& tile, int64_t block,
+                   const Span& s) {
+    const Init init = find_init(b, h, tile, block, s);
+    const bool add = init.at && !capped();
+    for (int i = 0; i < tile.count; ++i) {
+      float* row = x + int64_t(i) * ld;
+      std::fill(row + s.from, row + s.to, 0.0f);
+      const T* keys = row_of<T>(p.k, b, kv, block);
+      for (int j = s.live_from; j < s.live_to; ++j)
+        row[j] = (q.bad(q_row + i) ? NOT_A_NUMBER : dot(q.at(q_row + i), keys + j * p.k.token)) +
+                 (add ? init.at[i * init.ld + j - s.from] : 0.0f);
+    }
+    finish(b, h, tile, block, s, init);
   }
 
   // Pairs that may see a row of `keys` or `queries` that was not finite; call it before weights replace the logits.
@@ -211,6 +215,38 @@ class Logits {
   Buffer x;
 
  private:
+  bool capped() const { return p.softcap > 0.0f; }
+
+  // The bias of a tile, its first row at column s.from; null where there is none.
+  struct Init {
+    const float* at = nullptr;
+    int64_t ld = 0;
+  };
+  Init find_init(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    if (filled_) {
+      fill_bias(b, h, tile, block, s);
+      return {init_ + s.from, bias_ld};
+    }
+    if (p.line) return {line_of(b, h, tile) + block + s.from, -1};
+    return {};
+  }
+
+  void finish(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s, const Init& init) {
+    if (capped()) cap(tile.count, s, init.at, init.ld);
+    if (!s.whole) apply_rules(b, tile, block, s);
+    if (p.mask) apply_mask(b, h, tile, block, s);
+  }
+
+  template <typename T>
+  float dot(const float* q, const T* k) const {
+    vf sum{};
+    int d = 0;
+    for (; d + W <= p.head_dim; d += W) sum += load(q + d) * load(k + d);
+    float total = sum_lanes(sum)[0];
+    for (; d < p.head_dim; ++d) total += q[d] * to_float(k[d]);
+    return total;
+  }
+
   const float* line_of(int64_t b, int64_t h, const Tile& tile) const {
     return p.line + h * p.line_stride + line_offset(b, tile);
   }
@@ -243,8 +279,10 @@ class Logits {
   void add_table(int64_t h, int64_t i, int64_t block, int from, int to, float* row) const {
     const float* column = p.table + h * p.table_rows;
     if (p.index) {
-      const int32_t* at = p.index + i * p.keys + block;
-      for (int j = from; j < to; ++j) row[j] += column[at[j]];
+      const int32_t* __restrict at = p.index + i * p.keys + block;
+      const float* __restrict source = column;
+      float* __restrict sum = row;
+      for (int j = from; j < to; ++j) sum[j] += source[at[j]];
       return;
     }
     for_each_grid_line(i, block + from, block + to, [&](int64_t j, int64_t turned, int64_t count, int64_t step) {
