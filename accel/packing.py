@@ -21,13 +21,17 @@ def unpad(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
         for the device, since ``total`` is the shape of a tensor: do it once for a whole model.
 
     Raises:
-        TypeError: ``mask`` is no boolean or integer tensor.
-        ValueError: the shapes do not fit.
+        TypeError: ``x`` is no tensor, or ``mask`` no boolean or integer one.
+        ValueError: the shapes or devices do not fit.
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be a boolean or integer tensor, got {getattr(mask, 'dtype', type(mask).__name__)}")
     if mask.dim() != 2 or x.dim() < 2 or x.shape[:2] != mask.shape:
         raise ValueError(f"x must be (B, S, ...) and mask (B, S), got {tuple(x.shape)=}, {tuple(mask.shape)=}")
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device} but x is on {x.device}")
     real = mask != 0
     lengths = real.sum(1, dtype=torch.int32)
     indices = real.flatten().nonzero().flatten()
@@ -40,8 +44,11 @@ def pad(packed: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     """The inverse of :func:`unpad`: ``(total, ...)`` to ``(batch, seqlen, ...)``, zeros where there was padding.
 
     Raises:
+        TypeError: ``indices`` is no int64 tensor.
         ValueError: ``indices`` is not one place per token, or does not lie within ``batch · seqlen``.
     """
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        raise TypeError(f"indices must be int64, got {getattr(indices, 'dtype', type(indices).__name__)}")
     if indices.dim() != 1 or packed.dim() < 1 or indices.shape[0] != packed.shape[0]:
         raise ValueError(f"indices must be (total,), got {tuple(indices.shape)=}, {tuple(packed.shape)=}")
     if indices.numel() > batch * seqlen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,12 @@ from torch import Tensor
 from accel.ops.softmax_attention import softmax_attention
 
 __all__ = ["scaled_dot_product_attention"]
+
+
+def _four_axes(x: Tensor) -> Tensor:
+    """``(..., H, tokens, size)`` with one batch axis; a batch and a head of one where there are none."""
+    heads = x.shape[-3] if x.dim() > 2 else 1
+    return x.reshape(math.prod(x.shape[:-3]), heads, *x.shape[-2:])
 
 
 def scaled_dot_product_attention(
@@ -46,7 +53,7 @@ def scaled_dot_product_attention(
     if not enable_gqa:
         shape = torch.broadcast_shapes(*[x.shape[:-2] for x in tensors])
         tensors = [x.expand(*shape, *x.shape[-2:]) for x in tensors]
-    four = [x.reshape(-1, *([1] * (3 - x.dim()) + list(x.shape))[-3:]) for x in tensors]
+    four = [_four_axes(x) for x in tensors]
     how: dict[str, Any] = {}
     if attn_mask is not None:
         if attn_mask.dim() > 4 or (len(shape) > 2 and attn_mask.dim() > 3):

@@ -53,6 +53,15 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("softmax_grad", torch.float32): Tolerance(3e-6, 3e-5),
     ("softmax_grad", torch.float16): Tolerance(1e-3, 4 * _FP16),
     ("softmax_grad", torch.bfloat16): Tolerance(8e-3, 4 * _BF16),
+    # rows that see few keys, or in which biases give one key most of the weight: a gradient there is the difference of
+    # nearly equal numbers, of which one, the row's delta, is made of the rounded output. The floor of dense arithmetic
+    # that rounds weights, their gradients and outputs once is 22 u in the worst row of 200 calls; the mean is as above
+    ("softmax_few", torch.float32): Tolerance(2e-6, 2e-5),
+    ("softmax_few", torch.float16): Tolerance(1e-3, 4 * _FP16),
+    ("softmax_few", torch.bfloat16): Tolerance(6e-3, 4 * _BF16),
+    ("softmax_few_grad", torch.float32): Tolerance(3e-6, 3e-5),
+    ("softmax_few_grad", torch.float16): Tolerance(1e-3, 32 * _FP16),
+    ("softmax_few_grad", torch.bfloat16): Tolerance(8e-3, 32 * _BF16),
     # logits of up to 100 or 10 000: rounding a logit, or the log-sum-exp that the backward starts from, to fp32 moves
     # a weight by that many u; in half precision the last rounding hides it
     ("softmax_100", torch.float32): Tolerance(1e-5, 1e-4),
@@ -147,7 +156,8 @@ class Case:
     the same seed gives the same values. ``split(result, name, kwargs)`` cuts an output (``name == "out"``) or a
     gradient (``name`` the argument's) into the parts that are compared apart, where one tensor packs quantities of
     different size. ``sums`` names the tensors whose gradient is one sum over the whole call (family ``sum``).
-    ``batched`` names the tensors whose first axis is the batch, as the output's is.
+    ``batched`` names the tensors whose first axis is the batch, as the output's is; ``autocast`` those that autocast
+    casts, the main one alone if none is named.
     """
 
     name: str
@@ -157,6 +167,7 @@ class Case:
     split: Callable[[Tensor, str, dict[str, Any]], dict[str, Tensor]] = _whole
     sums: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
+    autocast: tuple[str, ...] = ()
 
     def gradient_family(self, name: str) -> str:
         return "sum_grad" if name in self.sums and self.family != "exact" else f"{self.family}_grad"
@@ -550,10 +561,11 @@ def check_batch(function: Callable[..., Any], case: Case, backend: str, device: 
     if backend == "reference":
         raise unittest.SkipTest("torch's matrix products choose their path by the batch")
     kwargs = {n: 0.0 if n == "dropout_p" else v for n, v in kwargs.items()}  # its bits are drawn by the position
-    whole = run(function, tensors, kwargs, backend, case.batched, grad_out)
+    needs = [n for n in case.batched if tensors[n].is_floating_point()]
+    whole = run(function, tensors, kwargs, backend, needs, grad_out)
     for i in range(len(whole.out)):
         one = {n: t[i : i + 1] if n in case.batched else t for n, t in tensors.items()}
-        got = run(function, one, kwargs, backend, case.batched, grad_out[i : i + 1])
+        got = run(function, one, kwargs, backend, needs, grad_out[i : i + 1])
         for name, value in whole.named().items():
             assert_same(got.named()[name], value[i : i + 1], f"element {i} of the batch alone: {name}")
 
@@ -627,7 +639,7 @@ def check_checkpoint(function: Callable[..., Any], case: Case, backend: str, dev
 
 
 def check_autocast(function: Callable[..., Any], case: Case, backend: str, device: str = "cpu") -> None:
-    """Under autocast the main tensor is cast, small parameters are not, and gradients have their tensors' dtypes."""
+    """Under autocast the main tensors are cast, small parameters are not, and gradients have their tensors' dtypes."""
     tensors, kwargs, grad_out = _prepared(function, case, torch.float32, device)
     require(function, backend, tensors, kwargs)
     main, *_ = tensors
@@ -639,7 +651,7 @@ def check_autocast(function: Callable[..., Any], case: Case, backend: str, devic
     for dtype in HALVES:
         call = functools.partial(cast_inside, dtype)
         got = run(call, tensors, kwargs, backend, grad_out=grad_out.to(dtype))
-        cast = {**tensors, main: tensors[main].to(dtype)}
+        cast = {n: t.to(dtype) if n in (case.autocast or (main,)) else t for n, t in tensors.items()}
         want = run(function, cast, kwargs, backend, grad_out=grad_out.to(dtype))
         assert got.out.dtype == dtype, f"{got.out.dtype=} under autocast to {dtype}"
         assert_same(got.out, want.out, f"autocast to {dtype}")

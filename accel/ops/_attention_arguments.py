@@ -63,7 +63,7 @@ class _IndexFacts(NamedTuple):
     low: int
     high: int
     line: Tensor | None  # the values along i − j = −(S−1) .. T−1 where nothing else matters
-    small: Tensor  # int32
+    small: Tensor | None  # int32, where the index is of another type than the kernels read
 
 
 _facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -79,14 +79,20 @@ def _index_facts(index: Tensor) -> _IndexFacts:
     may = _may_remember(index)
     known = _facts.get(index) if may else None
     if known is None or known.version != index._version:
-        toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
-        low, high = (int(x) for x in torch.aminmax(index))
-        line = _along_diagonals(index).to(torch.int64) if toeplitz else None
-        small = index.to(torch.int32).contiguous() if low > -INT32_MAX and high < INT32_MAX else index
-        known = _IndexFacts(index._version if may else 0, low, high, line, small)
+        with torch.inference_mode(False):  # a later call may save it for a backward
+            known = _read_index(index, index._version if may else 0)
         if may:
             _facts[index] = known
     return known
+
+
+def _read_index(index: Tensor, version: int) -> _IndexFacts:
+    toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
+    low, high = (int(x) for x in torch.aminmax(index))
+    line = _along_diagonals(index).to(torch.int64) if toeplitz else None
+    other = line is None and not (index.dtype in (torch.int32, torch.int64) and index.is_contiguous())
+    fits = other and low > -INT32_MAX and high < INT32_MAX
+    return _IndexFacts(version, low, high, line, index.to(torch.int32).contiguous() if fits else None)
 
 
 def check_float(x: Any, name: str, q: Tensor) -> None:
@@ -100,11 +106,12 @@ def broadcast(x: Tensor, name: str, full: Sequence[int]) -> Tensor:
     """``x`` as a 4-D tensor whose sizes are those of ``full`` or 1."""
     if x.dim() > 4:
         raise ValueError(f"{name} must broadcast to {tuple(full)} (B, Hq, T, S), got {tuple(x.shape)=}")
+    asked = x.requires_grad and x.is_leaf  # for the gradient of each of its elements
     x = x.reshape([1] * (4 - x.dim()) + list(x.shape))
     if any([n not in (1, m) for n, m in zip(x.shape, full, strict=True)]):
         raise ValueError(f"{name} must broadcast to {tuple(full)} (B, Hq, T, S), got {tuple(x.shape)}")
     # an axis that was expanded is read and differentiated once
-    for axis in range(4):
+    for axis in range(0 if asked else 4):
         if x.shape[axis] > 1 and x.stride(axis) == 0:
             x = x.narrow(axis, 0, 1)
     return x
@@ -172,7 +179,7 @@ def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) 
 
 def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed:
     longest_q = _check_offsets(cu_q, "cu_seqlens_q", q.shape[2], q)
-    small = cu_q.to(torch.int32)
+    small = cu_q.to(torch.int32, copy=True)  # what is known of a tensor must not keep it alive
     if cu_k is None:
         if q.shape[2] != k.shape[2]:
             raise ValueError(
@@ -182,7 +189,7 @@ def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Pac
     longest_k = _check_offsets(cu_k, "cu_seqlens_k", k.shape[2], q)
     if cu_k.numel() != cu_q.numel():
         raise ValueError(f"as many sequences of queries as of keys: {tuple(cu_q.shape)=}, {tuple(cu_k.shape)=}")
-    return Packed(small, cu_k.to(torch.int32), longest_q, longest_k, cu_q.numel() - 1, False, _Recent())
+    return Packed(small, cu_k.to(torch.int32, copy=True), longest_q, longest_k, cu_q.numel() - 1, False, _Recent())
 
 
 class Rule(NamedTuple):
@@ -204,7 +211,7 @@ def read_rule(causal: bool | str, window: Sequence[int] | None, pattern: Any) ->
         if isinstance(window, int) or len(window) != 2 or any([not isinstance(n, int) or n < -1 for n in window]):
             raise ValueError(f"window must be (left, right), each at least 0, or -1 for no bound, got {window=}")
         left, right = window
-    if causal is not False:
+    if causal:
         right = 0
     patterns = () if pattern is None else tuple(pattern) if isinstance(pattern, list | tuple) else (pattern,)
     for p in patterns:
@@ -225,11 +232,20 @@ def check_patterns(rule: Rule, batch: int, queries: int, keys: int, packed: Pack
                 odd = int((packed.q % 2).any())
             if odd:
                 raise ValueError(f"{p} needs sequences of a noised and a clean half, of even length, got {queries}")
-        if isinstance(p, PrefixLM) and not isinstance(p.lengths, int):
-            count = batch if packed is None else packed.sequences
-            given = torch.as_tensor(p.lengths)
-            if tuple(given.shape) != (count,):
-                raise ValueError(f"PrefixLM needs a length for each of {count} sequences, got {tuple(given.shape)}")
+        if isinstance(p, PrefixLM):
+            _check_prefix(p, batch if packed is None else packed.sequences)
+
+
+def _check_prefix(p: PrefixLM, count: int) -> None:
+    if isinstance(p.lengths, int):
+        if p.lengths < 0:
+            raise ValueError(f"the lengths of PrefixLM must be at least 0, got {p.lengths}")
+        return
+    given = torch.as_tensor(p.lengths)
+    if tuple(given.shape) != (count,):
+        raise ValueError(f"PrefixLM needs a length for each of {count} sequences, got {tuple(given.shape)}")
+    if given.device.type == "cpu" and not torch.compiler.is_compiling() and count and int(given.min()) < 0:
+        raise ValueError(f"the lengths of PrefixLM must be at least 0, got {int(given.min())}")
 
 
 class Turn(NamedTuple):
@@ -374,11 +390,13 @@ def check_table(
     if index.device != q.device:
         raise ValueError(f"bias_index is on {index.device} but q is on {q.device}")
     if index.numel() == 0 or torch.compiler.is_compiling():
-        return None, index.to(torch.int32).contiguous(), []
+        return None, (index if index.dtype == torch.int64 else index.to(torch.int32)).contiguous(), []
     facts = _index_facts(index)
     if facts.low < 0 or facts.high >= rows:
         raise ValueError(f"bias_index reaches from {facts.low} to {facts.high}, bias_table has rows 0 to {rows - 1}")
-    return (facts.line, None, []) if facts.line is not None else (None, facts.small, [])
+    if facts.line is not None:
+        return facts.line, None, []
+    return None, index if facts.small is None else facts.small, []
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FAR = 2**30
+"""Beyond any token that a kernel takes, and far enough from the end of int32 to be added to one."""
+
 Interval = tuple[Any, Any]
 """First key and the key behind the last, each an int or an int32 tensor over queries."""
 
@@ -43,12 +46,12 @@ class PrefixLM:
     lengths: int | Sequence[int] | Tensor
 
     def intervals(self, at: Queries) -> list[Interval]:
-        lengths = self.lengths
+        lengths: Any = min(self.lengths, FAR) if isinstance(self.lengths, int) else self.lengths
         if not isinstance(lengths, int):
             given = torch.as_tensor(lengths)
             if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
                 raise ValueError(f"PrefixLM takes an int or integers (B,), got {given.dtype} {tuple(given.shape)}")
-            lengths = given.to(at.position.device, torch.int32)[at.sequence]
+            lengths = given.clamp_max(FAR).to(at.position.device, torch.int32)[at.sequence]
         return [(0, torch.maximum(at.aligned + 1, torch.as_tensor(lengths, device=at.position.device)))]
 
 
@@ -62,7 +65,8 @@ class BlockCausal:
         _check_block(self)
 
     def intervals(self, at: Queries) -> list[Interval]:
-        return [(0, (at.aligned.div(self.n, rounding_mode="floor") + 1) * self.n)]
+        n = min(self.n, FAR)
+        return [(0, (at.aligned.div(n, rounding_mode="floor") + 1) * n)]
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,10 @@ class BlockDiffusion:
         _check_block(self)
 
     def intervals(self, at: Queries) -> list[Interval]:
-        half = at.keys // 2
+        half, n = at.keys // 2, min(self.n, FAR)
         noised = at.position < half
-        start = torch.where(noised, at.position, at.position - half).div(self.n, rounding_mode="floor") * self.n
-        end = torch.minimum(start + self.n, torch.as_tensor(half, device=start.device))
+        start = torch.where(noised, at.position, at.position - half).div(n, rounding_mode="floor") * n
+        end = torch.minimum(start + n, torch.as_tensor(half, device=start.device))
         own = (torch.where(noised, start, half), torch.where(noised, end, half + end))
         return [own, (half, torch.where(noised, half + start, half))]
 
@@ -102,9 +106,9 @@ def key_intervals(at: Queries, left: int, right: int, patterns: Sequence[Pattern
     """
     low, high = torch.zeros_like(at.position), torch.zeros_like(at.position) + at.keys
     if left >= 0:
-        low = torch.maximum(low, at.aligned - left)
+        low = torch.maximum(low, at.aligned - min(left, FAR))
     if right >= 0:
-        high = torch.minimum(high, at.aligned + right + 1)
+        high = torch.minimum(high, at.aligned + min(right, FAR - 1) + 1)
     pieces: list[Interval] = [(low, high)]
     for pattern in patterns:
         pieces = [
@@ -179,12 +183,20 @@ class Grid2D:
         return (2 * self.h - 1) * (2 * self.w - 1) + (3 if self.extra else 0)
 
 
+def relative_position_index(window: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Row of the bias table for query i and key j of a window, int64 ``(N, N)``; window of 2 or 3 axes."""
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in window), indexing="ij")
+    index: Any = 0
+    for axis, n in zip(axes, window, strict=True):
+        at = axis.flatten()
+        index = index * (2 * n - 1) + (at[:, None] - at[None, :] + n - 1)
+    return index
+
+
 def grid_index(grid: Sequence[int], device: torch.device | None = None) -> Tensor:
     """The rows of :class:`Grid2D`'s table as an int64 tensor ``(T, T)``: its definition."""
     h, w, extra = grid
-    at = torch.arange(h * w, device=device)
-    y, x = at // w, at % w
-    index = (y[:, None] - y + h - 1) * (2 * w - 1) + x[:, None] - x + w - 1
+    index = relative_position_index((h, w), device)
     if not extra:
         return index
     rows = (2 * h - 1) * (2 * w - 1)

@@ -43,7 +43,7 @@ class Args(NamedTuple):
     table: Tensor | None  # (R, Hq) fp32 (fp64 beside fp64), added at index or grid
     sinks: Tensor | None  # (Hq,) fp32 (fp64 beside fp64)
     mask: Tensor | None  # (B or 1, Hq or 1, T or 1, S or 1) bool
-    bias_index: Tensor | None  # (T, S) int32, rows of the table
+    bias_index: Tensor | None  # (T, S) int32 or int64 contiguous, rows of the table
     rows: Tensor | None  # (B or 1, T, 5) int32: keys [r0, r1) and [r2, r3) are seen, r0 <= r1, r2 <= r3; then shift_i
     seed: Tensor | None  # (1,) int64 where dropout_p > 0
     grid: list[int]  # [h, w, extra] of Grid2D in place of bias_index, else empty
@@ -114,7 +114,7 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
         every = F.pad(every, (0, 1), value=-math.inf)
     nothing = (every == -math.inf).all(-1, keepdim=True)
     lse = torch.logsumexp(torch.where(nothing, 0.0, every), -1, keepdim=True)
-    p = torch.where(nothing, 0.0, torch.exp(logits - lse))
+    p = torch.where(logits == -math.inf, 0.0, torch.exp(logits - lse))  # also where the row's sum is NaN
     lse = torch.where(nothing, -math.inf, lse)
     if args.dropout_p > 0.0:
         assert args.seed is not None
@@ -220,8 +220,8 @@ def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tenso
     """What all backends share: the row's sum Σ p·dp = dO·O, less the gradient of the log-sum-exp, and the sinks."""
     *args, needs, name = rest
     delta = (grad_out.float() * out.float()).sum(-1)
-    if grad_lse is not None:
-        delta = delta - grad_lse
+    if grad_lse is not None:  # which may be infinite where nothing is seen
+        delta = torch.where(lse == -math.inf, 0.0, delta - grad_lse)
     sinks = args[6]
     grad_sinks = lse.new_empty(0)
     if needs[3] and sinks is not None:
@@ -302,7 +302,7 @@ def _prepare(
     return_lse: bool = False,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+    if all([isinstance(x, Tensor) for x in (q, k, v)]) and q.device == k.device == v.device:
         q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
     check_qkv(q, k, v)
     if scale is not None and not math.isfinite(scale):

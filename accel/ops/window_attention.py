@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from accel import dispatch, library, philox
+from accel.ops._attention_rules import relative_position_index
 
 LN_100 = math.log(100.0)
 NORM_EPS = 1e-12
@@ -49,16 +50,6 @@ def sizes(qkv: Tensor, num_heads: int, window: Sequence[int]) -> Sizes:
 
 
 # --- the definition ---
-
-
-def relative_position_index(window: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Row of the bias table for query i and key j of a window, int64 ``(N, N)``; window of 2 or 3 axes."""
-    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in window), indexing="ij")
-    index: Any = 0
-    for axis, n in zip(axes, window, strict=True):
-        at = axis.flatten()
-        index = index * (2 * n - 1) + (at[:, None] - at[None, :] + n - 1)
-    return index
 
 
 def _partition(x: Tensor, window: Sequence[int]) -> Tensor:

@@ -164,6 +164,8 @@ inline vf sum_lanes(vf x) {
 inline vf max(vf a, vf b) {  // a NaN in a stays
 #if defined(__AVX512F__)
   return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a)));
+#elif defined(__AVX__)
+  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(a)));
 #else
   return a < b ? b : a;
 #endif

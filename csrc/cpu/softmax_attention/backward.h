@@ -128,7 +128,8 @@ class Backward {
       for (int i = 0; i < n; ++i)
         for (int j = s.from; j < s.to; j += W) {
           float* grad = grad_s + int64_t(i) * tile_ld + j;
-          store(grad, load(grad) * load(logits.slope() + int64_t(i) * logits.ld + j));
+          const vf g = load(grad), slope = load(logits.slope() + int64_t(i) * logits.ld + j);
+          store(grad, g == 0.0f ? g : g * slope);  // of a pair that is not seen, the slope may be anything
         }
     const float* weight = logits.x + s.from;
     const float* grad = grad_s + s.from;
@@ -140,14 +141,15 @@ class Backward {
          grad_q.padded / W);
   }
 
-  // Logits to weights, dp to ds; a weight of 0 stops whatever stands in dp or delta.
+  // Logits to weights, dp to ds; where the logit is −∞ both are 0, whatever stands in top, dp and delta.
   static void through_softmax(float* weight, float* grad, float top, float delta, const Span& s) {
-    const vf zero{}, high = splat(top), less = splat(delta);
+    const vf zero{}, none = splat(NEG_INF), high = splat(top), less = splat(delta);
     for (int j = s.from; j < s.to; j += W) {
-      const vf w = exp2_nonpositive(load(weight + j) - high);
-      store(weight + j, w);
+      const vf x = load(weight + j);
+      const vf w = exp2_nonpositive(x - high);
       const vf g = w * (load(grad + j) - less);
-      store(grad + j, w == zero ? zero : g);
+      store(weight + j, x == none ? zero : w);
+      store(grad + j, x == none ? zero : g);
     }
   }
 
@@ -183,7 +185,8 @@ class Backward {
     for (int i = 0; i < tile.count; ++i) {
       const float* src = grad_s + int64_t(i) * tile_ld;
       if (p.index) {
-        const int32_t* at = p.index + (tile.query + i) * p.keys + first;
+        int32_t narrow[BLOCK_KEYS];
+        const int32_t* at = logits.index_of((tile.query + i) * p.keys + first, end, narrow);
         for (int j = s.from; j < end; ++j) dst[at[j]] += src[j];
       } else {
         logits.for_each_grid_line(tile.query + i, first + s.from, first + end,

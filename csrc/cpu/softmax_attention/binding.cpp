@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <atomic>
+#include <limits>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../../check.h"
@@ -110,6 +112,19 @@ std::vector<float> columns(const float* from, int64_t heads, int64_t length, int
   return out;
 }
 
+// Whether an index is negative or not below `rows`: then its sign bit is set, or that of what is left to the last row.
+template <typename Int>
+bool reaches_outside(const Int* index, int64_t count, int64_t rows) {
+  using Bits = std::make_unsigned_t<Int>;
+  std::atomic<bool> outside{rows > std::numeric_limits<int32_t>::max()};
+  torch::stable::parallel_for(0, count, 1 << 16, [&](int64_t from, int64_t to) {
+    Bits signs = 0;
+    for (int64_t n = from; n < to; ++n) signs |= Bits(index[n]) | (Bits(rows - 1) - Bits(index[n]));
+    if (signs >> (8 * sizeof(Int) - 1)) outside = true;
+  });
+  return outside;
+}
+
 void describe_biases(Call& call, const OptionalTensor& bias, const OptionalTensor& line, const OptionalTensor& table,
                      const OptionalTensor& index, const Ints& grid) {
   Params& p = call.p;
@@ -140,15 +155,12 @@ void describe_biases(Call& call, const OptionalTensor& bias, const OptionalTenso
   p.table = call.table.data();
   if (index) {
     check_cpu(*index, "bias_index");
-    STD_TORCH_CHECK(index->scalar_type() == ScalarType::Int && index->numel() == p.queries * p.keys,
-                    "bias_index must be (T, S) int32");
-    p.index = static_cast<const int32_t*>(index->const_data_ptr());
-    std::atomic<bool> outside{p.table_rows >= int64_t(1) << 31};
-    torch::stable::parallel_for(0, index->numel(), 1 << 16, [&](int64_t from, int64_t to) {
-      uint32_t signs = 0;  // of the index and of what is left to the last row
-      for (int64_t n = from; n < to; ++n) signs |= uint32_t(p.index[n]) | (uint32_t(p.table_rows - 1) - uint32_t(p.index[n]));
-      if (signs >> 31) outside = true;
-    });
+    p.wide_index = index->scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK((p.wide_index || index->scalar_type() == ScalarType::Int) && index->numel() == p.queries * p.keys,
+                    "bias_index must be (T, S) int32 or int64");
+    p.index = index->const_data_ptr();
+    const bool outside = p.wide_index ? reaches_outside(static_cast<const int64_t*>(p.index), index->numel(), p.table_rows)
+                                      : reaches_outside(static_cast<const int32_t*>(p.index), index->numel(), p.table_rows);
     STD_TORCH_CHECK(!outside, "bias_index reaches outside of a table of ", p.table_rows, " rows");
     return;
   }

@@ -116,10 +116,13 @@ class Forward {
   void weigh(float* x, int64_t row, const Span& s) {
     vf most = load(x + s.from);
     for (int j = s.from + W; j < s.to; j += W) most = max(load(x + j), most);
-    const vf now = max(max_lanes(most), splat(top[row]));
-    if (now[0] == NEG_INF) {
-      std::fill(x + s.from, x + s.to, 0.0f);
-      return;
+    vf now = max(max_lanes(most), splat(top[row]));
+    if (now[0] == NEG_INF) {  // nothing is seen, or nothing but NaN, which a maximum may pass over
+      if (std::none_of(x + s.from, x + s.to, [](float y) { return y != y; })) {
+        std::fill(x + s.from, x + s.to, 0.0f);
+        return;
+      }
+      now = splat(NOT_A_NUMBER);
     }
     vf sum{};
     for (int j = s.from; j < s.to; j += W) {

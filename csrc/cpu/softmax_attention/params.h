@@ -41,7 +41,8 @@ struct Params {
   int64_t line_length, line_stride;
   const float* table;  // (Hq, R) in the same units, rows turned round where there is a grid
   int64_t table_rows;
-  const int32_t* index;  // (T, S), or null: the grid
+  const void* index;     // (T, S) int32, or int64 where wide_index; null: the grid
+  bool wide_index;
   int64_t grid[3];       // 1, h, w behind `extra` tokens
   int64_t extra;
   const int32_t* rows;  // (B or 1, T, 5), or null

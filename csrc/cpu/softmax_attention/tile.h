@@ -38,12 +38,17 @@ class Rows {
   template <typename T>
   void pack(int64_t row, const T* src, float mul) {
     float* dst = at(row);
-    load_row(src, dst, size, padded);
-    vf check{};
-    for (int d = 0; d < padded; d += W) {
-      vf x = load(dst + d);
+    vf check{};  // 0 · x is NaN for what is not finite
+    int d = 0;
+    for (; d + W <= size; d += W) {
+      const vf x = load(src + d);
       check += x * 0.0f;
       store(dst + d, x * mul);
+    }
+    if (d < size) {
+      load_row(src + d, dst + d, size - d, W);
+      check += load(dst + d) * 0.0f;
+      store(dst + d, load(dst + d) * mul);
     }
     const bool bad = !(sum_lanes(check)[0] == 0.0f);
     bad_[size_t(row)] = bad;
@@ -279,9 +284,10 @@ class Logits {
   void add_table(int64_t h, int64_t i, int64_t block, int from, int to, float* row) const {
     const float* column = p.table + h * p.table_rows;
     if (p.index) {
-      const int32_t* __restrict at = p.index + i * p.keys + block;
       const float* __restrict source = column;
       float* __restrict sum = row;
+      int32_t narrow[BLOCK_KEYS];
+      const int32_t* __restrict at = index_of(i * p.keys + block, to, narrow);
       for (int j = from; j < to; ++j) sum[j] += source[at[j]];
       return;
     }
@@ -340,6 +346,14 @@ class Logits {
   }
 
  public:
+  // The index of `count` pairs from `at` on; a wide one is copied to `narrow`, since half as many fit into a vector.
+  const int32_t* index_of(int64_t at, int count, int32_t* narrow) const {
+    if (!p.wide_index) return static_cast<const int32_t*>(p.index) + at;
+    const int64_t* wide = static_cast<const int64_t*>(p.index) + at;
+    for (int j = 0; j < count; ++j) narrow[j] = int32_t(wide[j]);
+    return narrow;
+  }
+
   // f(first key, offset of its row in a turned column of the table, keys, step of the offset) along query i.
   template <typename F>
   void for_each_grid_line(int64_t i, int64_t from, int64_t to, F f) const {
