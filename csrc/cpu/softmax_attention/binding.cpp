@@ -25,6 +25,7 @@ constexpr double LOG2_E = 1.4426950408889634;
 struct Call {
   Params p{};
   std::vector<Tile> tiles;
+  bool jumps = false;  // several documents
   std::vector<Tensor> keep;
   std::vector<float> line, table;
 };
@@ -59,12 +60,14 @@ void cut_tiles(Call& call, int64_t batches) {
   for (int64_t i = 1; p.rows && i < p.queries; ++i)
     if (p.rows[i * 5 + 4] != p.rows[(i - 1) * 5 + 4] + 1) edges.push_back(int(i));
   edges.push_back(int(p.queries));
+  call.jumps = edges.size() > 2;
   for (int64_t b = 0; b < batches; ++b)
     for (size_t n = 0; n + 1 < edges.size(); ++n) {
       const int length = edges[n + 1] - edges[n], count = (length + TILE_ROWS - 1) / TILE_ROWS;
       for (int t = 0, at = edges[n]; t < count; ++t) {
         Tile tile{};
         tile.query = at;
+        tile.starts = t == 0;
         tile.count = (edges[n + 1] - at) / (count - t);
         at += tile.count;
         for (int i = 0; i < 2; ++i) {
@@ -233,6 +236,30 @@ int64_t rows_of_task(const Params& p) {
   return std::clamp<int64_t>(65536 / (p.head_dim + p.value_dim), TILE_ROWS, 1024);
 }
 
+// Runs of tiles of even length; a document of a packed batch has its own, which then begins with its first key.
+std::vector<int> cut_chunks(Call& call) {
+  Params& p = call.p;
+  const int64_t most = std::max<int64_t>(rows_of_task(p) / TILE_ROWS, 1), tiles = p.tile_count;
+  std::vector<int> ends;  // of runs that belong together, in tiles
+  if (tiles && call.jumps) {
+    for (int64_t n = 1; n <= p.heads / p.kv_heads * tiles; ++n)
+      if (n % tiles == 0 || call.tiles[size_t(n % tiles)].starts) ends.push_back(int(n));
+  } else {
+    ends.push_back(int(p.heads / p.kv_heads * tiles));
+  }
+  std::vector<int> edges{0};
+  p.chunk_tiles = 0;
+  for (int end : ends) {
+    const int64_t length = end - edges.back(), count = (length + most - 1) / most;
+    for (int64_t c = count; c > 0; --c) {
+      const int64_t size = (end - edges.back() + c - 1) / c;
+      edges.push_back(edges.back() + int(size));
+      p.chunk_tiles = std::max(p.chunk_tiles, size);
+    }
+  }
+  return edges;
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor line,
                                    OptionalTensor table, OptionalTensor sinks, OptionalTensor mask,
                                    OptionalTensor index, OptionalTensor rows, OptionalTensor seed, Ints grid,
@@ -243,10 +270,10 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor 
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
   p.out = strided(out, "out");
   p.lse = mutable_floats(lse);
-  const int64_t tiles = p.tile_count * (p.heads / p.kv_heads), pairs = p.batch * p.kv_heads;
-  p.chunks = std::max<int64_t>((tiles * TILE_ROWS + rows_of_task(p) - 1) / rows_of_task(p), 1);
-  p.chunk_tiles = (tiles + p.chunks - 1) / p.chunks;
-  p.chunks = (tiles + p.chunk_tiles - 1) / p.chunk_tiles;
+  const std::vector<int> edges = cut_chunks(call);
+  p.chunk_edges = edges.data();
+  p.chunks = int64_t(edges.size()) - 1;
+  const int64_t pairs = p.batch * p.kv_heads;
   auto run = ACCEL_LEVEL(softmax::softmax_attention_forward);
   torch::stable::parallel_for(0, pairs * p.chunks, 1, [&](int64_t from, int64_t to) { run(p, from, to); });
   return {out, lse};

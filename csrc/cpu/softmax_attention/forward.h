@@ -37,7 +37,7 @@ class Forward {
   int64_t head_of(int64_t kv, int64_t n) const { return kv * group + n / p.tile_count; }
 
   void chunk(int64_t b, int64_t kv, int64_t index) {
-    const int64_t first = index * p.chunk_tiles, end = std::min(first + p.chunk_tiles, group * p.tile_count);
+    const int64_t first = p.chunk_edges[index], end = p.chunk_edges[index + 1];
     const float factor = p.softcap > 0.0f ? p.scale : p.scale * LOG2_E;
     int low = int(p.keys), high = 0, rows = 0;
     q.forget();
@@ -54,7 +54,7 @@ class Forward {
       for (int i = 0; i < 2; ++i)
         if (tile.first[i] < tile.end[i]) low = std::min(low, tile.first[i]), high = std::max(high, tile.end[i]);
     }
-    for (int64_t block = low / BLOCK_KEYS * BLOCK_KEYS; block < high; block += BLOCK_KEYS) {
+    for (int64_t block = low; block < high; block += BLOCK_KEYS) {
       const int count = int(std::min<int64_t>(BLOCK_KEYS, p.keys - block));
       bool packed = false;
       for (int64_t n = first; n < end; ++n) {

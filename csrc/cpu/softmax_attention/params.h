@@ -17,13 +17,14 @@ struct Strided {
 // `all_first` and `all_end` every row, in each of the two intervals.
 struct Tile {
   int query, count;
+  bool starts;  // a document
   int first[2], end[2], all_first[2], all_end[2];
 };
 
 // Floats around a line, so that the vectors of a tile may read past its ends.
 constexpr int LINE_MARGIN = 128;
 constexpr int TILE_ROWS = 64;  // at most that many queries a tile
-constexpr int BLOCK_KEYS = 128;
+constexpr int BLOCK_KEYS = 256;
 
 struct Params {
   int64_t batch, heads, kv_heads, queries, keys;  // B, Hq, Hkv, T, S
@@ -53,7 +54,9 @@ struct Params {
   bool dropout;
   uint64_t seed, drop_below;
   float keep_scale;
-  int64_t chunk_tiles, chunks;  // a forward task: so many tiles of the queries of one kv head
+  // A forward task: tiles [edge, next edge) of the query heads of one kv head, one head after the other.
+  const int* chunk_edges;
+  int64_t chunks, chunk_tiles;  // and the most tiles of one
   Strided out;
   float* lse;  // (B, Hq, T)
 };
