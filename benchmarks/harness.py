@@ -38,11 +38,15 @@ class UnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Provider:
-    """Somebody's way to compute a case. ``build`` may take long (compile) or raise; ``backend`` names what runs."""
+    """Somebody's way to compute a case. ``build`` may take long (compile) or raise; ``backend`` names what runs.
+
+    ``computes`` is for a yardstick, which computes something else of the same inputs: the function it is judged by.
+    """
 
     name: str
     build: Callable[[], Callable[..., Tensor]]
     backend: Callable[..., str] = lambda *inputs: ""
+    computes: Callable[..., Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and dtype of an op. The inputs are all differentiable; the reference takes them in any dtype."""
+    """One shape and dtype of an op. The inputs are all differentiable, small parameters may be fp32 beside a half
+    dtype; the reference takes them in any dtype."""
 
     op: str
     group: str
@@ -323,7 +328,8 @@ def judge(actual: Tensor, expected: Tensor, limit: Tolerance, what: str, slack: 
     e = expected.detach()
     error = (actual.detach().to(e.dtype) - e).abs().nan_to_num(0.0)
     mean = e.nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
-    row = (error.amax(-1) / e.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1).clamp_min(mean)).max().item()
+    size = e.abs().nan_to_num(0.0, 0.0, 0.0).amax(-1).clamp_min(mean)
+    row = torch.where(error.amax(-1) == 0, 0.0, error.amax(-1) / size).max().item()  # 0 is right where all is 0
     if not row <= limit.row * slack:
         return rms, f"{what}: largest error in a row is {row:.2e} of its largest value > {limit.row * slack:.2e}"
     return rms, ""
@@ -336,7 +342,7 @@ def _run(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
             return [function(*inputs)]
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype), materialize_grads=True)]
 
 
 @dataclass(frozen=True)
@@ -345,6 +351,8 @@ class Truth:
 
     forward: list[Tensor]
     both: list[Tensor]
+    dtypes: list[torch.dtype]  # of the output and of each gradient
+    grad: Tensor  # of the output, that the gradients are for
 
     def judge(self, got: list[Tensor], case: Case, slack: float) -> tuple[float, str]:
         expected = self.forward if len(got) == 1 else self.both
@@ -352,8 +360,8 @@ class Truth:
         for i, (a, e) in enumerate(zip(got, expected, strict=True)):
             what = "output" if i == 0 else f"gradient {i - 1}"
             limit = TOLERANCES[case.family + ("_grad" if i else ""), case.dtype]
-            if a.dtype != case.dtype:
-                return math.inf, f"{what}: {a.dtype=}, expected {case.dtype}"
+            if a.dtype != self.dtypes[i]:
+                return math.inf, f"{what}: {a.dtype=}, expected {self.dtypes[i]}"
             error, reason = judge(a, e, limit, what, slack)
             worst = max(worst, error)
             if reason:
@@ -361,22 +369,31 @@ class Truth:
         return worst, ""
 
 
-def _truth(case: Case, inputs: Sequence[Tensor], grad: Tensor | None) -> Truth:
+def _truth(case: Case, function: Callable[..., Tensor], inputs: Sequence[Tensor], training: bool, seed: int) -> Truth:
+    """What ``function`` gives for the inputs, and an upstream gradient of the output's shape."""
     inner = torch.float64 if max(x.numel() for x in inputs) <= LARGE else torch.float32
     wide = [x.to(inner) for x in inputs]
-    both = _run(case.reference, wide, None if grad is None else grad.to(inner))
-    return Truth(both[:1], both)
-
-
-def _prepare(case: Case, modes: Sequence[str], device: str, seed: int) -> tuple[tuple[Tensor, ...], Tensor, Truth]:
-    """The inputs, the gradient of the output, and what is right for them."""
-    generator = torch.Generator(device).manual_seed(seed)
-    inputs = case.inputs(generator)
     with torch.no_grad():
-        like = case.reference(*inputs)
+        like = function(*wide)
+    device = inputs[0].device
+    generator = torch.Generator(device).manual_seed(seed + 1)
     grad = torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
+    both = _run(function, wide, grad.to(inner)) if training else [like]
+    return Truth(both[:1], both, [case.dtype, *(x.dtype for x in inputs)], grad)
+
+
+def _truths(case: Case, inputs: Sequence[Tensor], modes: Sequence[str], seed: int) -> Callable[[Provider], Truth]:
+    """What is right for each provider: the case's own truth, but for yardsticks. Each is found once, when needed."""
     training = any(mode != "forward" for mode in modes)
-    return inputs, grad, _truth(case, inputs, grad if training else None)
+    found: dict[Callable[..., Tensor], Truth] = {}
+
+    def of(provider: Provider) -> Truth:
+        function = provider.computes or case.reference
+        if function not in found:
+            found[function] = _truth(case, function, inputs, training, seed)
+        return found[function]
+
+    return of
 
 
 def _slack(provider: Provider) -> float:
@@ -398,13 +415,13 @@ def _contender(
         return Contender(name, forward)
     leaves = [x.detach().requires_grad_() for x in inputs]
     if mode == "forward+backward":
-        return Contender(name, lambda: torch.autograd.grad(function(*leaves), leaves, grad))
+        return Contender(name, lambda: torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True))
     made: list[Tensor] = []
 
     def prepare() -> None:
         made[:] = [function(*leaves)]
 
-    return Contender(name, lambda: torch.autograd.grad(made.pop(), leaves, grad), prepare)
+    return Contender(name, lambda: torch.autograd.grad(made.pop(), leaves, grad, allow_unused=True), prepare)
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
@@ -438,7 +455,8 @@ def run_case(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each mode of ``case``: built, proven against the reference, then timed together."""
     say(f"{case.label}: reference")
-    inputs, grad, truth = _prepare(case, list(case.costs), device, seed)
+    inputs = case.inputs(torch.Generator(device).manual_seed(seed))
+    truths = _truths(case, inputs, list(case.costs), seed)
 
     built: dict[str, Callable[..., Tensor]] = {}
     refused: dict[str, str] = {}
@@ -464,13 +482,14 @@ def run_case(
             function = built[provider.name]
             try:
                 row.backend = provider.backend(*inputs)
-                got = _run(function, inputs, None if mode == "forward" else grad)
+                truth = truths(provider)
+                got = _run(function, inputs, None if mode == "forward" else truth.grad)
                 row.error, row.reason = truth.judge(got, case, _slack(provider))
                 del got
                 if row.reason:
                     row.status = "FAIL"
                     continue
-                contender = _contender(provider.name, mode, function, inputs, grad)
+                contender = _contender(provider.name, mode, function, inputs, truth.grad)
                 row.peak_mib = _peak(contender, device)
             except Exception as error:
                 row.status, row.reason = "unavailable", one_line(error)
@@ -490,12 +509,13 @@ class Alone:
     """One provider in one mode, judged and ready to be timed by somebody else's clock."""
 
     def __init__(self, case: Case, provider: Provider, mode: str, device: str, seed: int) -> None:
-        inputs, grad, truth = _prepare(case, [mode], device, seed)
+        inputs = case.inputs(torch.Generator(device).manual_seed(seed))
+        truth = _truths(case, inputs, [mode], seed)(provider)
         function = provider.build()
         self.backend = provider.backend(*inputs)
-        got = _run(function, inputs, None if mode == "forward" else grad)
+        got = _run(function, inputs, None if mode == "forward" else truth.grad)
         self.error, self.reason = truth.judge(got, case, _slack(provider))
-        self.contender = _contender(provider.name, mode, function, inputs, grad)
+        self.contender = _contender(provider.name, mode, function, inputs, truth.grad)
 
 
 def _peak(contender: Contender, device: str) -> float | None:
@@ -513,8 +533,12 @@ class Goal:
     """A figure to reach, as data beside the benchmark it judges. ``at_least`` or ``at_most`` is given.
 
     ``figure``: ``speedup`` is the rival's median over ours; ``floor`` is our median over the time of the measured
-    memory bandwidth; ``memory`` is our peak over the rival's; ``value`` is a number the benchmark itself reports
-    under the goal's name. Speed-ups and floors are geometric means over the rows.
+    memory bandwidth; ``rate`` is our TFLOP/s; ``memory`` is our peak over the rival's; ``growth`` is our peak over that
+    of our row which is as ``base`` says; ``value`` is a number the benchmark itself reports under the goal's name. All
+    but the last are geometric means over the rows.
+
+    ``per`` is what a figure is divided by: the part of it that the work saved explains. ``of`` names whose rows are
+    meant where they are not ours.
     """
 
     name: str
@@ -526,6 +550,9 @@ class Goal:
     at_least: float | None = None
     at_most: float | None = None
     stretch: float | None = None
+    per: float = 1.0
+    of: str = OURS
+    base: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -551,11 +578,11 @@ def _key(row: Row) -> tuple[str, ...]:
     return row.op, row.group, row.variant, row.shape, row.dtype, row.mode, row.device
 
 
-def pairs(rows: Sequence[Row], rival: str) -> Iterator[tuple[Row, Row]]:
+def pairs(rows: Sequence[Row], rival: str, of: str = OURS) -> Iterator[tuple[Row, Row]]:
     """Our row and the rival's of the same case and mode."""
     rivals = {_key(row): row for row in rows if row.provider == rival}
     for row in rows:
-        if row.provider == OURS and _key(row) in rivals:
+        if row.provider == of and _key(row) in rivals:
             yield row, rivals[_key(row)]
 
 
@@ -574,7 +601,7 @@ def reach(goal: Goal, rows: Sequence[Row], values: Mapping[str, float]) -> Verdi
             return verdict
         verdict.measured = values[goal.name]
     else:
-        mine = [row for row in rows if row.provider == OURS and concerns(goal, row)]
+        mine = [row for row in rows if row.provider == goal.of and concerns(goal, row)]
         wrong = [row for row in mine if row.status == "FAIL"]
         if wrong:
             verdict.met, verdict.note = False, f"{wrong[0].label}: {wrong[0].reason}"
@@ -583,7 +610,7 @@ def reach(goal: Goal, rows: Sequence[Row], values: Mapping[str, float]) -> Verdi
         if not figures:
             verdict.note = note or "not measured in this run"
             return verdict
-        verdict.measured, verdict.note = geometric_mean(figures), note
+        verdict.measured, verdict.note = geometric_mean(figures) / goal.per, note
     measured = verdict.measured
     verdict.met = measured >= goal.at_least if goal.at_least is not None else measured <= (goal.at_most or 0.0)
     return verdict
@@ -592,8 +619,12 @@ def reach(goal: Goal, rows: Sequence[Row], values: Mapping[str, float]) -> Verdi
 def _figures(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[list[float], str]:
     if goal.figure == "floor":
         return [row.p50_ms / row.floor_ms for row in mine if row.p50_ms and row.floor_ms], ""
+    if goal.figure == "rate":
+        return [row.tflops for row in mine if row.tflops], ""
+    if goal.figure == "growth":
+        return _growth(goal, mine, rows), ""
     figures, notes = [], []
-    for row, rival in pairs([*mine, *(r for r in rows if r.provider == goal.rival)], goal.rival):
+    for row, rival in pairs([*mine, *(r for r in rows if r.provider == goal.rival)], goal.rival, goal.of):
         if rival.reason:
             notes.append(f"{goal.rival}: {rival.reason}")
         elif goal.figure == "memory" and row.peak_mib and rival.peak_mib:
@@ -601,6 +632,14 @@ def _figures(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[list
         elif goal.figure == "speedup" and row.p50_ms and rival.p50_ms:
             figures.append(rival.p50_ms / row.p50_ms)
     return figures, "; ".join(dict.fromkeys(notes))
+
+
+def _growth(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> list[float]:
+    """Our peak over that of the row which differs in ``goal.base`` alone (its shape, which goes with that, beside)."""
+    smaller = replace(goal, where={**goal.where, **goal.base})
+    bases = {r.variant: r for r in rows if r.provider == goal.of and concerns(smaller, r)}
+    found = [(row.peak_mib, bases[row.variant].peak_mib) for row in mine if row.variant in bases]
+    return [peak / base for peak, base in found if peak and base]
 
 
 def to_json(value: Any) -> Any:

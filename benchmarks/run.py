@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from accel.benchmarks import models, report, window_attention
+from accel.benchmarks import models, report, softmax_attention, window_attention
 from accel.benchmarks._machine import Load, device_name, environment, measure_ceilings, pin_allocator
 from accel.benchmarks.harness import (
     FULL,
@@ -33,8 +34,9 @@ from accel.benchmarks.harness import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EFFORTS = {"quick": QUICK, "normal": NORMAL, "full": FULL}
-OPS = {window_attention.NAME: window_attention}
-GOALS: tuple[Goal, ...] = (*window_attention.GOALS, *models.GOALS)
+OPS: dict[str, Any] = {module.NAME: module for module in (window_attention, softmax_attention)}
+GOALS: tuple[Goal, ...] = (*window_attention.GOALS, *softmax_attention.GOALS, *models.GOALS)
+PROVIDERS = tuple(dict.fromkeys(("accel", "eager", "compile", "sdpa", *softmax_attention.PROVIDERS)))
 DENORMALS = (
     "Denormal numbers are kept, as torch does by default: where the shift mask of −100 makes weights near 1e-44, "
     "providers that store them multiply slowly by them on many CPUs, most of all in fp32. --flush-denormal measures "
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--rows", default="", metavar="REGEX", help="only rows whose label matches, as in 'stage 1 shift 0'"
     )
-    out.add_argument("--providers", metavar="A,B", help="instead of the level's: accel, eager, compile, sdpa")
+    out.add_argument("--providers", metavar="A,B", help=f"instead of the level's: {', '.join(PROVIDERS)}")
     out.add_argument("--out", type=Path, metavar="DIR", help="reports/<device>-<date>/ if not given")
     out.add_argument("--check", action="store_true", help="exit 1 and name the goals that were missed")
     out.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after this time")
@@ -81,10 +83,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options.dtypes = [DTYPES[name] for name in (options.dtype or every)]
     options.level = "quick" if options.quick else "full" if options.full else "normal"
     options.providers = options.providers.split(",") if options.providers else None
-    known = ("accel", "eager", "compile", "sdpa")
     for name in options.providers or ():
-        if name not in known:
-            made.error(f"unknown provider {name!r}; there are {', '.join(known)}")
+        if name not in PROVIDERS:
+            made.error(f"unknown provider {name!r}; there are {', '.join(PROVIDERS)}")
     try:
         options.rows = re.compile(options.rows)
     except re.error as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -10,13 +11,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from accel.benchmarks import _machine, harness, models, report, run, window_attention
+import accel
+from accel.benchmarks import _machine, harness, models, report, run, softmax_attention, window_attention
 from accel.benchmarks.harness import Case, Contender, Cost, Effort, Goal, Provider, Row, Sample
+from accel.ops.softmax_attention import OP
 
 CEILINGS = _machine.Ceilings(((1 << 20, 4e9), (1 << 30, 1e9)), {"fp32": 1e9, "bf16": 2e9})
 EFFORT = Effort(warmup=1, rounds=3, seconds=0.0, most=3, retries=0)
@@ -262,21 +266,160 @@ def test_goals_of_memory_floor_and_value() -> None:
     assert harness.reach(value, rows, {}).met is None
 
 
-def test_every_goal_is_about_rows_that_exist() -> None:
+def test_goals_of_rate_and_growth() -> None:
+    small, large = ({**WHERE, "group": group} for group in ("stage 1", "stage 2"))
+    rows = [
+        _row("accel", 3, peak_mib=5.0, tflops=2.0),
+        _row("triton", 3, peak_mib=5.0, tflops=8.0),
+        dataclasses.replace(_row("accel", 3, peak_mib=15.0, tflops=4.0), group="stage 2"),
+        dataclasses.replace(_row("accel", 3, peak_mib=99.0), group="stage 2", variant="another"),
+    ]
+    rate = Goal("rate", "window_attention", "rate", "cpu", small, at_least=3.0)
+    theirs = Goal("theirs", "window_attention", "rate", "cpu", small, at_least=3.0, of="triton")
+    growth = Goal("growth", "window_attention", "growth", "cpu", large, at_most=2.5, base={"group": "stage 1"})
+    got = [harness.reach(goal, rows, {}) for goal in (rate, theirs, growth)]
+    assert [(v.measured, v.met) for v in got] == [
+        (pytest.approx(2.0), False),
+        (pytest.approx(8.0), True),
+        (pytest.approx(3.0), False),
+    ]
+
+
+def test_a_figure_is_divided_by_what_the_work_saved_explains() -> None:
+    goal = dataclasses.replace(FASTER, at_least=0.9, per=2.5)
+    verdict = harness.reach(goal, [_row("accel", 4), _row("eager", 8)], {})
+    assert (verdict.measured, verdict.met) == (pytest.approx(0.8), False)
+
+
+def test_a_yardstick_is_judged_by_what_it_computes() -> None:
+    def first(x: Tensor, y: Tensor) -> Tensor:
+        return (2 * x)[:2]
+
+    right = Provider("half the work", lambda: first, computes=first)
+    wrong = Provider("nearly", lambda: lambda x, y: first(x, y) * 1.01, computes=first)
+    rows = _rows(_case(_provider("accel", lambda x, y: x * y), right, wrong))
+    assert [(row.provider, row.status) for row in rows] == 2 * [
+        ("accel", "ok"), ("half the work", "ok"), ("nearly", "FAIL")
+    ]  # fmt: skip
+
+
+def test_a_gradient_of_a_parameter_in_another_dtype_is_judged_in_that() -> None:
+    case = dataclasses.replace(
+        _case(
+            _provider("accel", lambda x, y: (x * y).bfloat16()),
+            _provider("eager", lambda x, y: (x * _Rounded.apply(y)).bfloat16()),
+        ),
+        dtype=torch.bfloat16,
+        inputs=lambda g: (torch.randn(3, 8, generator=g).bfloat16(), torch.randn(8, generator=g)),
+    )
+    rows = [row for row in _rows(case) if row.mode == "forward+backward"]
+    assert [row.status for row in rows] == ["ok", "ok"], [row.reason for row in rows]
+
+
+class _Rounded(torch.autograd.Function):
+    """Passes the values on, and rounds the gradient as half arithmetic would."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad.bfloat16().float()
+
+
+@pytest.mark.parametrize("module", [window_attention, softmax_attention], ids=lambda module: module.NAME)
+def test_every_goal_is_about_rows_that_exist(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = [torch.float32, torch.bfloat16]
     for device in ("cpu", "cuda"):
+        if device == "cuda":  # what is put there beside the inputs
+            elsewhere = {n: _on_cpu(getattr(torch, n)) for n in ("arange", "tensor")}
+            for name, function in elsewhere.items():
+                monkeypatch.setattr(module.torch, name, function)
+            monkeypatch.setattr(Tensor, "to", _to_cpu(Tensor.to))
         found = [
-            (case.op, case.group, harness.dtype_name(case.dtype), mode, {p.name for p in case.providers})
-            for case in window_attention.cases(device, dtypes, "normal", None)
+            (case, harness.dtype_name(case.dtype), mode)
+            for case in module.cases(device, dtypes, "normal", None)
             for mode in case.costs
         ]
-        for goal in window_attention.GOALS:
+        for goal in module.GOALS:
             if goal.device != device:
                 continue
-            where = (goal.op, goal.where["group"], goal.where["dtype"], goal.where["mode"])
-            matching = [row for row in found if row[:4] == where]
-            assert matching, goal.name
-            assert all({"accel", goal.rival or "accel"} <= row[4] for row in matching), goal.name
+            for where in (goal.where, {**goal.where, **goal.base}):
+                matching = [
+                    {p.name for p in case.providers}
+                    for case, dtype, mode in found
+                    if all(_field(case, dtype, mode, n) == value for n, value in where.items())
+                ]
+                assert matching, goal.name
+                assert all({goal.of, goal.rival or goal.of} <= names for names in matching), goal.name
+
+
+def _field(case: Case, dtype: str, mode: str, name: str) -> str:
+    return {"dtype": dtype, "mode": mode}.get(name) or getattr(case, name)
+
+
+def _on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: function(*args, **{n: v for n, v in kwargs.items() if n != "device"})
+
+
+def _to_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, *args, **kwargs: x if args == ("cuda",) else function(x, *args, **kwargs)
+
+
+# --- softmax attention's rivals ---
+
+
+def _small_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    """One case of each kind, with few tokens."""
+    monkeypatch.setattr(softmax_attention, "LENGTHS", [5, 1, 11, 8])
+    small = {"kv_heads": 2, "tokens": 40, "heads": 4, "size": 8}
+    yield from softmax_attention._table_cases("cpu", torch.float32, harness.MODES, None, 24, True)
+    for shape in (softmax_attention.PLAIN[0], softmax_attention.PLAIN[3]):
+        changed = dataclasses.replace(shape, **small)
+        yield softmax_attention._plain_case(changed, "cpu", torch.float32, harness.MODES, None)
+    for rules in ({"window": (6, 0)}, {"pattern": accel.BlockCausal(8)}):
+        masked = softmax_attention.Shape("mask", "small", 40, heads=2, kv_heads=2, size=8, rules=rules)
+        yield softmax_attention._mask_case(masked, "cpu", torch.float32, harness.MODES, None)
+    yield softmax_attention._packed_case("cpu", torch.float32, harness.MODES, None)
+
+
+def test_the_rivals_of_softmax_attention_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+    for case in _small_cases(monkeypatch):
+        for row in _rows(case):
+            assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
+            seen.add(row.provider)
+            if row.provider.startswith("accel"):
+                assert row.backend in ("cpu", "reference")
+    assert seen == {"accel", "sdpa", "sdpa without bias", "accel without mask"}
+
+
+def test_an_index_in_any_order_has_no_rule() -> None:
+    index = softmax_attention._arbitrary(24, "cpu")
+    assert torch.equal(index.sort(0)[0][:, 0], softmax_attention._toeplitz(24, "cpu")[:, 0])
+    args = OP.prepare(*[torch.zeros(1, 1, 24, 8)] * 3, bias_table=torch.zeros(47, 1), bias_index=index)
+    assert args.line is None
+
+
+def test_the_share_of_live_tiles() -> None:
+    window = softmax_attention.Shape("mask", "window", 256, rules={"window": (63, 0)})
+    assert softmax_attention.live_tiles(window) == (4 + 3) / 16
+    assert softmax_attention.live_tiles(dataclasses.replace(window, rules={"window": (0, 0)})) == 4 / 16
+    blocks = dataclasses.replace(window, rules={"pattern": accel.BlockCausal(128)})
+    assert softmax_attention.live_tiles(blocks) == (4 * 2 + 4 * 2 - 4) / 16
+    for shape in softmax_attention.MASKS:
+        seen = softmax_attention.ours(shape.rules, "reference")
+        ones = torch.eye(shape.tokens)[None, None]
+        small = torch.zeros(1, 1, shape.tokens, 8)
+        assert int((seen(small, small, ones) > 0).sum()) == round(shape.live * shape.tokens**2)
+
+
+def test_the_padded_batch_does_the_stated_work() -> None:
+    lengths = softmax_attention.drawn_lengths()
+    assert lengths == softmax_attention.LENGTHS
+    assert (len(lengths), min(lengths) >= 32, max(lengths) <= 512) == (16, True, True)
+    assert pytest.approx(16 * max(lengths) ** 2 / sum(n**2 for n in lengths)) == softmax_attention.SAVED
 
 
 # --- window attention's rival ---

@@ -380,6 +380,11 @@ BIASES = [
     case("bias_of_one_number_a_head", 37, 41, H=6, bias=(1, 6, 1, 1), sinks=True, change=heavy_sinks, dtypes=FP32),
     case("bias_of_one_number", 37, 41, H=6, bias=(), sinks=True, change=heavy_sinks, dtypes=FP32),
     case("bias_gqa_causal", 41, H=6, Hkv=2, bias=(1, 6, 41, 41), causal=True),
+    # more than one run of keys in a backward pass, whose sums are brought together, and of the batch
+    case("runs_of_keys", 37, 1100, B=1, H=2, D=8, slopes=True, family="softmax_few"),
+    case("runs_of_keys_index", 21, 1100, B=1, H=1, D=8, bias_index=random_index(21, 1100, 30), rows=30),
+    case("runs_of_keys_bias", 20, 530, B=2, H=2, D=8, bias=(1, 1, 20, 530)),
+    case("runs_of_batches", 5, 7, B=40, H=1, D=8, slopes=True, dtypes=(torch.float32,)),
     case("bias_200_causal", 130, 200, B=1, H=1, bias=(130, 200), causal=True),
     case("minus_inf_in_bias", 23, 70, bias=(2, 1, 23, 70), change=some_minus_inf),
     case("minus_inf_rows_of_bias", 23, 31, bias=(23, 31), change=whole_rows_minus_inf),

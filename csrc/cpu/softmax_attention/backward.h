@@ -186,7 +186,7 @@ class Backward {
       const float* src = grad_s + int64_t(i) * tile_ld;
       if (p.index) {
         int32_t narrow[BLOCK_KEYS];
-        const int32_t* at = logits.index_of((tile.query + i) * p.keys + first, end, narrow);
+        const int32_t* at = logits.index_of(tile.query + i, first, s.from, end, narrow);
         for (int j = s.from; j < end; ++j) dst[at[j]] += src[j];
       } else {
         logits.for_each_grid_line(tile.query + i, first + s.from, first + end,

@@ -263,8 +263,10 @@ class Logits {
       if (p.line) {
         const float* line = line_of(b, h, tile) + block - i;
         for (int j = s.from; j < s.to; j += W) store(row + j, load(line + j));
-      } else {
+      } else if (p.bias || !p.index) {
         std::fill(row + s.from, row + s.to, 0.0f);
+      } else {
+        std::fill(row + to, row + s.to, 0.0f);
       }
       if (p.bias) {
         const float* src = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + (tile.query + i) * p.bias_stride[2] +
@@ -287,8 +289,12 @@ class Logits {
       const float* __restrict source = column;
       float* __restrict sum = row;
       int32_t narrow[BLOCK_KEYS];
-      const int32_t* __restrict at = index_of(i * p.keys + block, to, narrow);
-      for (int j = from; j < to; ++j) sum[j] += source[at[j]];
+      const int32_t* __restrict at = index_of(i, block, from, to, narrow);
+      if (p.line || p.bias) {
+        for (int j = from; j < to; ++j) sum[j] += source[at[j]];
+      } else {
+        for (int j = from; j < to; ++j) sum[j] = source[at[j]];
+      }
       return;
     }
     for_each_grid_line(i, block + from, block + to, [&](int64_t j, int64_t turned, int64_t count, int64_t step) {
@@ -346,11 +352,18 @@ class Logits {
   }
 
  public:
-  // The index of `count` pairs from `at` on; a wide one is copied to `narrow`, since half as many fit into a vector.
-  const int32_t* index_of(int64_t at, int count, int32_t* narrow) const {
-    if (!p.wide_index) return static_cast<const int32_t*>(p.index) + at;
+  // The index of query i and keys [from, to) of a block; a wide one is copied to `narrow`, since half as many fit into a
+  // vector. Rows are too short for the hardware to foresee the next one.
+  const int32_t* index_of(int64_t i, int64_t block, int from, int to, int32_t* narrow) const {
+    const int64_t at = i * p.keys + block, next = i + 1 < p.queries ? p.keys : 0;
+    if (!p.wide_index) {
+      const int32_t* index = static_cast<const int32_t*>(p.index) + at;
+      for (int j = from; j < to; j += 16) __builtin_prefetch(index + next + j);
+      return index;
+    }
     const int64_t* wide = static_cast<const int64_t*>(p.index) + at;
-    for (int j = 0; j < count; ++j) narrow[j] = int32_t(wide[j]);
+    for (int j = from; j < to; j += 8) __builtin_prefetch(wide + next + j);
+    for (int j = from; j < to; ++j) narrow[j] = int32_t(wide[j]);
     return narrow;
   }
 
