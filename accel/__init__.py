@@ -30,5 +30,7 @@ __all__ = [
     "window_attention",
 ]
 
-from accel import nn
+from accel import integrations, nn
 from accel.patch import patch, unpatch
+
+integrations.install()

@@ -7,6 +7,7 @@ import torch
 from accel import dispatch, patches
 from accel.ops import softmax_attention as _softmax_attention  # noqa: F401  registers the op
 from accel.ops import window_attention as _window_attention  # noqa: F401
+from accel.patches import transformers_switch, transformers_unpad
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 DTYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -23,11 +24,17 @@ def backends() -> str:
     return "\n".join(lines)
 
 
+REGISTRY = "any attention of transformers that goes through `AttentionInterface`"
+FLATTENED = "encoders and decoder-only models of transformers, with `unpad=True`"
+
+
 def replacements() -> str:
-    """A row per class that ``accel.patch`` knows."""
+    """A row per class that ``accel.patch`` knows, and what it knows without a class."""
     lines = ["| class | method | op |", "|---|---|---|"]
     for entry in patches.TABLE.values():
         lines.append(f"| `{entry.target}` | `{entry.attribute}` | `{entry.op}` |")
+    lines.append(f"| {REGISTRY} | its configuration | `{transformers_switch.OP}` |")
+    lines.append(f"| {FLATTENED} | `{transformers_unpad.Unpadding.attribute}` | `unpad` and `pad` |")
     return "\n".join(lines)
 
 

@@ -6,20 +6,20 @@ import dataclasses
 import difflib
 import fnmatch
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accel import dispatch
-from accel.patches import TABLE, Entry, class_path
+from accel.patches import TABLE, Entry, class_path, transformers_switch, transformers_unpad
+from accel.patches.stand import Stand, stands_in
 
 __all__ = ["PatchReport", "Replacement", "Row", "patch", "unpatch"]
 
 
-class Replacement:
+class Replacement(Stand):
     """Stands in for one method of one module, as an attribute of that instance; the class is left as it is.
 
     It computes with what the module holds at the time of the call. A call that the kernel does not serve goes to the
@@ -27,18 +27,21 @@ class Replacement:
     """
 
     def __init__(self, module: nn.Module, target: str) -> None:
-        self.module = module
+        super().__init__(module)
         self.target = target
-        self.calls = 0
-        self.compiled = False
-        self.fallbacks: dict[str, int] = {}
-        self.backend: str | None = None
-        self._asked: Any = None
         self._names = _parameter_names(type(module), self.entry.attribute)
 
     @property
     def entry(self) -> Entry:
         return TABLE[self.target]
+
+    @property
+    def attribute(self) -> str:  # type: ignore[override]
+        return self.entry.attribute
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        return self.entry.op
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         entry, module = self.entry, self.module
@@ -47,44 +50,24 @@ class Replacement:
         first = given.get(self._names[0])
         if len(args) > len(self._names):
             reason: str | None = f"it is given {len(args)} arguments, and takes {len(self._names)}"
-        elif not isinstance(first, Tensor):  # torch.fx traces with proxies, which the class's own code may know
+        elif entry.takes_tensor and not isinstance(first, Tensor):
+            # torch.fx traces with proxies, which the class's own code may know
             reason = f"its input is a {type(first).__name__}, not a tensor"
         else:
             reason = entry.why_not(module) or entry.why_not_call(module, **given)
-        if torch.compiler.is_compiling():
-            self.compiled = True  # no counting: a number that changes would be compiled anew at every call
-        elif reason is None:
-            self.calls += 1
-        else:
-            self._count_fallback(reason)
+        self.count(reason)
         if reason is not None:
             return getattr(type(module), entry.attribute)(module, *args, **kwargs)
-        return entry.compute(module, self._attend, **given)
-
-    def _attend(self, first: Tensor, *args: Any, **how: Any) -> Any:
-        """The op, and a note of the backend it runs on."""
-        op = dispatch.OPS[self.entry.op]
-        if not torch.compiler.is_compiling():
-            asked = (first.dtype, first.device, dispatch._settings.backend)
-            if asked != self._asked:  # the choice depends on nothing else that changes from call to call
-                prepared = op.prepare(first, *args, **{**how, "dropout_p": 0.0})
-                self.backend, self._asked = dispatch.select(op, prepared).name, asked
-        return op.function(first, *args, **how)
-
-    def _count_fallback(self, reason: str) -> None:
-        if reason not in self.fallbacks:
-            dispatch.log.warning("%r is not used for this call: %s", self, reason)
-        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        return entry.compute(module, self.attend, **given)
 
     def __repr__(self) -> str:
         return f"<accel {self.entry.op} for {type(self.module).__name__}.{self.entry.attribute}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_names", "_asked")}
+        return {k: v for k, v in super().__getstate__().items() if k != "_names"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._asked = None
+        super().__setstate__(state)
         self._names = _parameter_names(type(self.module), self.entry.attribute)  # of the library that is here now
 
 
@@ -103,7 +86,7 @@ class Row:
     status: str
     """``replaced``, ``already patched``, ``would be replaced`` (dry run) or ``skipped``."""
     reason: str = ""
-    replacement: Replacement | None = dataclasses.field(default=None, repr=False)
+    replacement: Stand | None = dataclasses.field(default=None, repr=False)
 
     @property
     def backend(self) -> str | None:
@@ -123,8 +106,7 @@ class Row:
     @property
     def active(self) -> bool:
         """Whether the replacement still stands in its module."""
-        r = self.replacement
-        return r is not None and vars(r.module).get(r.entry.attribute) is r
+        return self.replacement is not None and self.replacement.active
 
 
 class PatchReport:
@@ -133,9 +115,10 @@ class PatchReport:
     As a context manager it takes back at exit what its own call to :func:`patch` put in.
     """
 
-    def __init__(self, model: nn.Module, rows: list[Row]) -> None:
+    def __init__(self, model: nn.Module, rows: list[Row], put_in: list[tuple[str, Stand]]) -> None:
         self.model = model
         self.rows = rows
+        self._put_in = put_in
 
     @property
     def replaced(self) -> list[Row]:
@@ -186,28 +169,26 @@ class PatchReport:
 
     @contextmanager
     def _taken_out(self) -> Iterator[None]:
-        replacements = [row.replacement for row in self.rows if row.active and row.replacement is not None]
-        for r in replacements:
-            delattr(r.module, r.entry.attribute)
+        """The whole model without patches: what prepares a call and what serves it belong together."""
+        stands = [stand for module in self.model.modules() for stand in stands_in(module)]
+        for stand in stands:
+            stand.remove(for_good=False)
         try:
             yield
         finally:
-            for r in replacements:
-                setattr(r.module, r.entry.attribute, r)
+            for stand in stands:
+                stand.put()
 
     def __enter__(self) -> PatchReport:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         covered = []
-        for row in self.rows:
-            if row.status != "replaced" or row.replacement is None:
-                continue
-            r = row.replacement
-            if row.active:
-                delattr(r.module, r.entry.attribute)
-            elif r.entry.attribute in vars(r.module):
-                covered.append(f"{row.name}.{r.entry.attribute}")
+        for name, stand in self._put_in:
+            if vars(stand.module).get(stand.attribute) is stand:
+                stand.remove()
+            elif stand.attribute in vars(stand.module):
+                covered.append(f"{name}.{stand.attribute}")
         if covered:
             raise RuntimeError(f"replaced again since they were patched, undo that first: {', '.join(covered)}")
 
@@ -240,6 +221,7 @@ def patch(
     dry_run: bool = False,
     strict: bool = False,
     allow_none: bool = False,
+    unpad: bool = False,
 ) -> PatchReport:
     """Let the kernels compute inside ``model``, in place, wherever they compute the same function.
 
@@ -249,8 +231,12 @@ def patch(
     code runs. Copies and pickles of a patched model are patched too. ``torch.nn.DataParallel``, whose replicas share
     the attributes of an instance, is not supported.
 
+    Models of transformers whose attention goes through its registry are switched to ``"accel"`` there, each attention
+    module with a row of its own. While they are patched their configuration is a copy, so that another model with the
+    same one is untouched.
+
     Args:
-        model: any module; classes of torchvision, timm and transformers are known.
+        model: any module; classes of torch.nn, torchvision, timm, transformers and diffusers are known.
         ops: take the replacements of these ops and no others, also such as change numerics by design. None takes all
             that compute the same function.
         skip: modules to leave alone with all they contain: patterns of names (``"features.1*"``) or classes.
@@ -259,6 +245,10 @@ def patch(
         dry_run: change nothing, report what would be done.
         strict: raise if a module of a known class cannot be replaced, before anything is changed.
         allow_none: return an empty report where nothing was replaced, instead of raising.
+        unpad: also take the padding out of every batch that comes with an ``attention_mask``, before the first layer
+            of a transformers encoder or decoder-only model, and put it back behind the last one: hidden states there
+            are 0 where the mask is 0, and all that reads them (heads, losses) sees the padded batch. Calls that cannot
+            be flattened, with a cache for instance, raise.
 
     Returns:
         A report; ``print`` it, before or after the model ran. ``with accel.patch(model) as report:`` undoes the
@@ -267,21 +257,25 @@ def patch(
     Raises:
         ValueError: an unknown op or recipe, both ``ops`` and ``recipe``, nothing to replace, or ``strict`` and a
             module that had to be skipped. The message lists what was found.
+        NotImplementedError: ``unpad``, and the model cannot run on flattened batches.
     """
     wanted = _wanted(ops, recipe)
-    rows, taken = _plan(model, wanted, (skip,) if isinstance(skip, str | type) else tuple(skip))
-    report = PatchReport(model, rows)
+    plan = _plan(model, wanted, (skip,) if isinstance(skip, str | type) else tuple(skip))
+    if unpad:
+        plan.add_unpadding(model)
+    report = PatchReport(model, plan.rows, [] if dry_run else [(name, stand) for name, stand, _ in plan.taken])
     refused = [row for row in report.skipped if row.reason != _LEFT_OUT]
     if strict and refused:
         raise ValueError("strict: modules that had to be skipped\n" + _listing(refused))
     if not report.replaced and not dry_run and not allow_none:
         raise ValueError(_nothing(model, wanted, report.skipped))
-    for row, module, entry in taken:
-        if dry_run:
+    for _, stand, row in plan.taken:
+        if dry_run and row is not None:
             row.status = "would be replaced"
-        else:
-            row.replacement = Replacement(module, entry.target)
-            setattr(module, entry.attribute, row.replacement)
+        elif not dry_run:
+            stand.put()
+            if row is not None:
+                row.replacement = stand
     return report
 
 
@@ -292,19 +286,20 @@ def unpatch(model: nn.Module) -> list[str]:
     """
     restored = []
     for name, module in model.named_modules():
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, Replacement):
-                delattr(module, attribute)
-                restored.append(name)
+        stands = list(stands_in(module))
+        for stand in stands:
+            stand.remove()
+        if any(stand.listed for stand in stands):
+            restored.append(name)
     return restored
 
 
 _LEFT_OUT = "named in skip"
 
 
-def _wanted(ops: str | Iterable[str] | None, recipe: str | Mapping[str, bool] | None) -> dict[str, Entry]:
+def _wanted(ops: str | Iterable[str] | None, recipe: str | Mapping[str, bool] | None) -> _Wanted:
     """The part of the table that the caller asks for."""
-    known = sorted({e.op for e in TABLE.values()})
+    known = sorted({e.op for e in TABLE.values()} | {transformers_switch.OP})
     if ops is not None and recipe is not None:
         raise ValueError(f"give ops or recipe, not both: {ops=}, {recipe=}")
     if isinstance(recipe, str) and recipe != "exact":
@@ -318,44 +313,102 @@ def _wanted(ops: str | Iterable[str] | None, recipe: str | Mapping[str, bool] | 
     for op in switches:
         if op not in known:
             raise ValueError(f"no replacement uses an op {op!r}; known: {', '.join(known)}")
-    return {t: e for t, e in TABLE.items() if switches.get(e.op, e.same_function)}
+    table = {t: e for t, e in TABLE.items() if switches.get(e.op, e.same_function)}
+    return _Wanted(table, switches.get(transformers_switch.OP, True))
 
 
-def _plan(
-    model: nn.Module, wanted: dict[str, Entry], skip: tuple[str | type, ...]
-) -> tuple[list[Row], list[tuple[Row, nn.Module, Entry]]]:
-    rows, taken = [], []
+@dataclasses.dataclass
+class _Wanted:
+    table: dict[str, Entry]
+    registry: bool
+    """Whether attention that goes through transformers' registry is switched."""
+
+
+@dataclasses.dataclass
+class _Plan:
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    taken: list[tuple[str, Stand, Row | None]] = dataclasses.field(default_factory=list)
+    """Every piece to put in, with its module's name and its row, if it has one."""
+
+    def add(self, row: Row, reason: str | None, stand: Callable[[], Stand]) -> None:
+        self.rows.append(row)
+        row.reason = reason or ""
+        if not row.reason:
+            row.status = "replaced"
+            self.taken.append((row.name, stand(), row))
+
+    def add_unpadding(self, model: nn.Module) -> None:
+        name, base = transformers_unpad.base_of(model)
+        row = Row(name, type(base).__name__, transformers_unpad.OP, "skipped")
+        present = next((s for s in stands_in(base) if isinstance(s, transformers_unpad.Unpadding)), None)
+        if present is not None:
+            self.rows.append(row)
+            row.status, row.replacement = "already patched", present
+        else:
+            self.add(row, None, lambda: transformers_unpad.Unpadding(base))
+
+
+def _plan(model: nn.Module, wanted: _Wanted, skip: tuple[str | type, ...]) -> _Plan:
+    plan = _Plan()
     left_out: set[str] = set()
+    owned: set[str] = set()  # what stands below a module of the table is that module's business
+    attention = {}
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
         if (name and parent in left_out) or _named(name, module, skip):
             left_out.add(name)
-        cls = type(module)
-        entry = wanted.get(class_path(cls))
-        base = next((wanted[class_path(c)] for c in cls.__mro__ if class_path(c) in wanted), None)
-        if base is None:
-            continue
-        row = Row(name, cls.__name__, base.op, "skipped")
-        rows.append(row)
-        if name in left_out:
-            row.reason = _LEFT_OUT
-        elif entry is None:
-            row.reason = f"it is a subclass of {base.target}, which may compute something else"
-        else:
-            present = vars(module).get(entry.attribute)
-            if isinstance(present, Replacement) and present.module is module:
-                row.status, row.replacement = "already patched", present
-                continue
-            if present is not None and not isinstance(present, Replacement):
-                row.reason = f"its {entry.attribute} has been replaced by {type(present).__name__}"
-            elif not hasattr(cls, entry.attribute):
-                row.reason = f"the class has no {entry.attribute}: not the version of the library that is known here"
-            else:
-                row.reason = entry.why_not(module) or ""
-            if not row.reason:
-                row.status = "replaced"
-                taken.append((row, module, entry))
-    return rows, taken
+        below = name and parent in owned
+        if below or any(class_path(c) in wanted.table for c in type(module).__mro__):
+            owned.add(name)
+        if wanted.registry and not below and transformers_switch.goes_through_the_registry(module):
+            reason = _LEFT_OUT if name in left_out else transformers_switch.why_not(module) or ""
+            attention[name] = Row(name, type(module).__name__, transformers_switch.OP, "skipped", reason)
+            plan.rows.append(attention[name])
+            _note_present(attention[name], module, transformers_switch.Attention)
+        _plan_entry(plan, wanted.table, name, module, name in left_out)
+    free = {name for name, row in attention.items() if not row.reason}
+    for name, switch in transformers_switch.plan(model, free, left_out) if free else ():
+        row = attention.get(name)
+        if row is not None:
+            row.status = "replaced"
+        plan.taken.append((name, switch, row))
+    return plan
+
+
+def _note_present(row: Row, module: nn.Module, kind: type[Stand], attribute: str | None = None) -> bool:
+    for stand in stands_in(module):
+        if isinstance(stand, kind) and (attribute is None or stand.attribute == attribute):
+            row.status, row.reason, row.replacement = "already patched", "", stand
+            return True
+    return False
+
+
+def _plan_entry(plan: _Plan, table: dict[str, Entry], name: str, module: nn.Module, left_out: bool) -> None:
+    cls = type(module)
+    entry = table.get(class_path(cls))
+    base = entry or next((table[class_path(c)] for c in cls.__mro__ if class_path(c) in table), None)
+    if base is None or not base.applies(module):
+        return
+    whole = base.attribute == "forward" or not transformers_switch.goes_through_the_registry(module)
+    row = Row(name, cls.__name__ if whole else f"{cls.__name__}.{base.attribute}", base.op, "skipped")
+    if left_out:
+        plan.add(row, _LEFT_OUT, lambda: Replacement(module, base.target))
+    elif entry is None:
+        reason = f"it is a subclass of {base.target}, which may compute something else"
+        plan.add(row, reason, lambda: Replacement(module, base.target))
+    elif _note_present(row, module, Replacement, entry.attribute):
+        plan.rows.append(row)
+    else:
+        plan.add(row, _why_not_replace(module, entry), lambda: Replacement(module, entry.target))
+
+
+def _why_not_replace(module: nn.Module, entry: Entry) -> str | None:
+    present = vars(module).get(entry.attribute)
+    if present is not None and not isinstance(present, Replacement):
+        return f"its {entry.attribute} has been replaced by {type(present).__name__}"
+    if not hasattr(type(module), entry.attribute):
+        return f"the class has no {entry.attribute}: not the version of the library that is known here"
+    return entry.why_not(module)
 
 
 def _named(name: str, module: nn.Module, skip: tuple[str | type, ...]) -> bool:
@@ -366,19 +419,20 @@ def _listing(rows: list[Row]) -> str:
     return "\n".join(f"  {row.name or '(the model)'} ({row.old_class}): {row.reason}" for row in rows)
 
 
-def _nothing(model: nn.Module, wanted: dict[str, Entry], skipped: list[Row]) -> str:
+def _nothing(model: nn.Module, wanted: _Wanted, skipped: list[Row]) -> str:
     text = f"nothing to replace in {type(model).__name__}"
     if skipped:
         return f"{text}; modules that had to be skipped\n" + _listing(skipped)
-    if not wanted:
+    if not wanted.table and not wanted.registry:
         return f"{text}: no op is switched on"
     found = {class_path(type(m)) for m in model.modules()}
     names = {path.rpartition(".")[2]: path for path in sorted(found)}
     near: list[str] = []
-    for target in wanted:
+    for target in wanted.table:
         near += difflib.get_close_matches(target.rpartition(".")[2], names, n=2, cutoff=0.6)
     nearest = ", ".join(names[n] for n in dict.fromkeys(near)) or "none comes near"
-    return f"{text}: looked for {', '.join(sorted(wanted))}; nearest classes in the model: {nearest}"
+    looked = sorted(wanted.table) + ["attention that goes through transformers' registry"] * wanted.registry
+    return f"{text}: looked for {', '.join(looked)}; nearest classes in the model: {nearest}"
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

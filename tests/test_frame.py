@@ -22,7 +22,8 @@ OPS = {p.stem for p in (ROOT / "accel" / "ops").glob("*.py") if not p.stem.start
 FRAME = {
     "tests": {
         *("conftest", "test_dispatch", "test_doctor", "test_frame", "test_philox", "test_testing"),
-        *("test_benchmarks", "test_compile_gate", "test_nn", "test_patch"),
+        *("test_benchmarks", "test_compile_gate", "test_nn", "test_patch", "test_patch_attention"),
+        *("test_patch_transformers", "test_packing", "test_sdpa"),
     },
     "benchmarks": {"harness", "models", "report", "run", "test_rows"},
     "kernels": set(),
@@ -124,6 +125,8 @@ try:
 except ModuleNotFoundError:
     pass
 import transformers.models.llama.modeling_llama as m
+from transformers import AttentionInterface, AttentionMaskInterface
+assert "accel" in AttentionInterface() and "accel" in AttentionMaskInterface()
 print(m.LlamaAttention.__name__)
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -170,6 +173,7 @@ def test_the_wheel_installs_accel_and_nothing_else(wheel):
 def test_the_wheel_holds_what_the_links_point_to(wheel):
     expected = ["accel/py.typed", "accel/__main__.py", "accel/doctor.py", "accel/testing.py"]
     expected += [f"accel/ops/{op}.py" for op in OPS]
+    expected += [f"accel/nn/{path.name}" for path in (ROOT / "accel" / "nn").glob("*.py")]
     for folder in ("kernels", "benchmarks"):
         expected += [f"accel/{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")]
     for name in [*expected, "accel/kernels/window_attention.py", "accel/benchmarks/harness.py"]:

@@ -1,4 +1,4 @@
-"""The drop-in modules against torchvision's: one seed gives one model, states load both ways, outputs agree."""
+"""The drop-in modules against torchvision's and torch's: one seed gives one model, states load both ways."""
 
 import copy
 
@@ -157,3 +157,252 @@ def test_compiles_in_one_graph(kind):
     out, grads = run(torch.compile(ours, fullgraph=True, backend="aot_eager"), x, weight)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(grads["x"], expected_grads["x"], rtol=1e-10, atol=1e-10)
+
+
+# --- multi-head attention ---
+
+OPTIONS = {
+    "plain": {},
+    "other sizes of k and v": {"kdim": 12, "vdim": 20},
+    "no biases": {"bias": False},
+    "further keys": {"add_bias_kv": True, "add_zero_attn": True},
+}
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mha_inputs(kdim=16, vdim=16, batch_first=False, **_):
+    """Query, key and value of 5 and 7 tokens, 3 batch entries."""
+    found = (noise(5, 3, 16), noise(7, 3, kdim, seed=1), noise(7, 3, vdim, seed=2))
+    return tuple(x.transpose(0, 1).contiguous() if batch_first else x for x in found)
+
+
+def mha_masks():
+    hidden = noise(5, 7, seed=3) > 0.5
+    hidden[:, 0] = False
+    padded = torch.arange(7) >= torch.tensor([[7], [4], [1]])
+    return {
+        "none": {},
+        "padding": {"key_padding_mask": padded},
+        "mask": {"attn_mask": hidden},
+        "both": {"attn_mask": hidden, "key_padding_mask": padded},
+        "floating": {"attn_mask": noise(5, 7, seed=4), "key_padding_mask": noise(3, 7, seed=5)},
+        "for every head": {"attn_mask": noise(6, 5, 7, seed=6)},
+        "boolean and floating": {"attn_mask": noise(5, 7, seed=4), "key_padding_mask": padded},
+        "causal": {"attn_mask": torch.ones(5, 7, dtype=torch.bool).triu(1), "is_causal": True},
+    }
+
+
+def mha_pair(batch_first=False, **options):
+    modules = []
+    for cls in (accel.nn.MultiHeadAttention, torch.nn.MultiheadAttention):
+        torch.manual_seed(5)
+        modules.append(cls(16, 2, batch_first=batch_first, **options).double())
+    return modules
+
+
+def run_mha(module, inputs, **given):
+    """The output with every gradient, and the weights."""
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    out, weights = module(*inputs, **given)
+    (out * noise(*out.shape, seed=9)).sum().backward()
+    return [out, *[x.grad for x in inputs], *[p.grad for p in module.parameters()]], weights
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_multi_head_attention_has_torchs_parameters(options):
+    ours, theirs = mha_pair(**OPTIONS[options])
+    state, expected = ours.state_dict(), theirs.state_dict()
+    assert list(state) == list(expected)
+    for name in expected:
+        assert torch.equal(state[name], expected[name]), name
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched")
+@pytest.mark.parametrize("masks", mha_masks())
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multi_head_attention_equals_torchs(options, masks, need_weights):
+    batch_first = options != "plain"
+    ours, theirs = mha_pair(batch_first, **OPTIONS[options])
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    given = {"average_attn_weights": masks != "mask", **mha_masks()[masks]}
+    inputs = mha_inputs(batch_first=batch_first, **OPTIONS[options])
+    found, weights = run_mha(ours, inputs, need_weights=need_weights, **given)
+    # torch reads the mask and not the hint where it computes the weights
+    expected, expected_weights = run_mha(theirs, inputs, need_weights=True, **given)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-11)
+    if need_weights:
+        torch.testing.assert_close(weights, expected_weights, rtol=0, atol=1e-12)
+    else:
+        assert weights is None
+
+
+def test_multi_head_attention_unbatched_and_of_itself():
+    for batch_first in (False, True):
+        ours, theirs = mha_pair(batch_first)
+        x = noise(5, 16)
+        masks = {"key_padding_mask": torch.tensor([False, True, False, False, True])}
+        for found, expected in zip(ours(x, x, x, need_weights=True, **masks), theirs(x, x, x, **masks), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_a_floating_mask_has_a_gradient():
+    ours, theirs = mha_pair()
+    grads = []
+    for module in (ours, theirs):
+        mask = noise(5, 7, seed=4).requires_grad_()
+        (module(*mha_inputs(), attn_mask=mask, need_weights=False)[0] * noise(5, 3, 16, seed=9)).sum().backward()
+        grads.append(mask.grad)
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
+
+
+RULES = {
+    "causal": {"causal": True},
+    "window": {"window": (2, 1)},
+    "causal window": {"causal": True, "window": (2, -1)},
+    "T5": {"relative": accel.T5Buckets(), "causal": True},
+    "T5, few buckets": {"relative": accel.T5Buckets(max_distance=6), "relative_rows": 8},
+    "Toeplitz": {"relative": "toeplitz", "relative_rows": 21},
+    "grid": {"relative": accel.Grid2D(2, 3, extra=1)},
+    "grouped heads": {"num_kv_heads": 1, "causal": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("rules", "tokens"), [(r, t) for r in RULES for t in ((7, 7), (5, 9)) if r != "grid" or t == (7, 7)]
+)
+def test_rules_of_multi_head_attention(rules, tokens):
+    """The op under a rule gives what the weights in plain torch give, gradients included."""
+    torch.manual_seed(7)
+    module = accel.nn.MultiHeadAttention(16, 2, batch_first=True, **RULES[rules]).double()
+    inputs = (noise(2, tokens[0], 16), *[noise(2, tokens[1], 16, seed=1)] * 2)
+    masks = {"key_padding_mask": torch.arange(tokens[1]) >= torch.tensor([[tokens[1]], [4]])}
+    results = []
+    for need_weights in (False, True):
+        module.zero_grad()
+        out, weights = module(*inputs, need_weights=need_weights, average_attn_weights=False, **masks)
+        out.square().sum().backward()
+        results.append([out.detach(), *[p.grad for p in module.parameters()]])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert weights.shape == (2, 2, *tokens)
+    assert bool((weights[1, :, :, 4:] == 0).all())
+    if RULES[rules].get("causal"):
+        later = torch.ones(tokens, dtype=torch.bool).triu(tokens[1] - tokens[0] + 1)
+        assert bool((weights[..., later] == 0).all())
+
+
+def test_relative_rows_mean_what_the_op_means():
+    """The middle row of a Toeplitz table is distance 0, whatever the lengths."""
+    module = accel.nn.MultiHeadAttention(16, 2, relative="toeplitz", relative_rows=21).double()
+    torch.nn.init.zeros_(module.relative_position_bias_table)
+    with torch.no_grad():
+        module.relative_position_bias_table[10 + 2] = 100.0  # a query sees the key two before it, where there is one
+    x = noise(6, 16)
+    _, weights = module(x, x, x, need_weights=True)
+    assert torch.equal(weights[2:].argmax(1), torch.arange(4))
+
+
+def test_grouped_heads_share_keys():
+    module = accel.nn.MultiHeadAttention(16, 4, num_kv_heads=2).double()
+    full = accel.nn.MultiHeadAttention(16, 4).double()
+    state = module.state_dict()
+    for name in ("in_proj_weight", "in_proj_bias"):
+        q, k, v = state[name].split([16, 8, 8])
+        twice = [x.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1) for x in (k, v)]
+        state[name] = torch.cat([q, *twice])
+    full.load_state_dict(state)
+    x = noise(6, 3, 16)
+    torch.testing.assert_close(module(x, x, x)[0], full(x, x, x)[0], rtol=0, atol=1e-12)
+
+
+def test_dropout_of_multi_head_attention_follows_training():
+    module = accel.nn.MultiHeadAttention(16, 2, dropout=0.5).double()
+    x = noise(6, 3, 16)
+    for need_weights in (False, True):
+        module.train()
+        assert not torch.equal(module(x, x, x, need_weights=need_weights)[0], module(x, x, x)[0])
+        module.eval()
+        torch.testing.assert_close(
+            module(x, x, x, need_weights=need_weights)[0], module(x, x, x)[0], rtol=0, atol=1e-12
+        )
+
+
+def test_a_query_that_sees_nothing_gives_the_bias():
+    module = accel.nn.MultiHeadAttention(16, 2).double()
+    torch.nn.init.normal_(module.out_proj.bias)
+    x = noise(6, 1, 16)
+    for need_weights in (False, True):
+        out, _ = module(x, x, x, key_padding_mask=torch.ones(1, 6, dtype=torch.bool), need_weights=need_weights)
+        torch.testing.assert_close(out, module.out_proj.bias.expand_as(out), rtol=0, atol=1e-12)
+
+
+def test_a_causal_hint_alone_stands_for_its_mask():
+    module = accel.nn.MultiHeadAttention(16, 2).double()
+    x = noise(6, 1, 16)
+    expected, _ = module(x, x, x, attn_mask=torch.ones(6, 6, dtype=torch.bool).triu(1))
+    torch.testing.assert_close(module(x, x, x, is_causal=True)[0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, "embed_dim=16, num_heads=3"),
+        ({"num_kv_heads": 3}, "num_heads=2, num_kv_heads=3"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"add_zero_attn": True, "causal": True}, "causal=True"),
+        ({"relative": "toeplitz"}, "got None"),
+        ({"relative": "toeplitz", "relative_rows": 8}, "got 8"),
+        ({"relative": "rotary"}, "'rotary'"),
+        ({"relative": accel.Grid2D(2, 2), "relative_rows": 8}, "relative_rows=8"),
+        ({"relative": accel.T5Buckets(max_distance=4), "relative_rows": 32}, "leaves no room"),
+        ({"relative_rows": 8}, "got 8 and none"),
+    ],
+)
+def test_bad_options_of_multi_head_attention_name_their_values(options, message):
+    with pytest.raises(ValueError, match=message):
+        accel.nn.MultiHeadAttention(16, **{"num_heads": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"attn_mask": torch.zeros(1, 7)}, r"attn_mask must be \(5, 7\) or \(6, 5, 7\), got \(1, 7\)"),
+        ({"key_padding_mask": torch.zeros(1, 7)}, r"key_padding_mask must be \(3, 7\).*got \(1, 7\)"),
+        ({"attn_mask": torch.zeros(5, 7, dtype=torch.int64)}, "got torch.int64"),
+    ],
+)
+def test_bad_masks_of_multi_head_attention_name_their_values(masks, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        accel.nn.MultiHeadAttention(16, 2).double()(*mha_inputs(), **masks)
+
+
+def test_bad_inputs_of_multi_head_attention_name_their_values():
+    module = accel.nn.MultiHeadAttention(16, 2, relative="toeplitz", relative_rows=9)
+    x = torch.zeros(6, 16)
+    with pytest.raises(ValueError, match=r"up to 5 tokens, got 6 queries and 6 keys"):
+        module(x, x, x)
+    with pytest.raises(ValueError, match="is_causal needs attn_mask"):
+        accel.nn.MultiHeadAttention(16, 2, add_zero_attn=True)(x, x, x, is_causal=True)
+    with pytest.raises(ValueError, match="7 keys of 6 queries"):
+        accel.nn.MultiHeadAttention(16, 2, window=(2, 2))(x, torch.zeros(7, 16), torch.zeros(7, 16), is_causal=True)
+    with pytest.raises(ValueError, match=r"tuple\(value.shape\)=\(4, 16\)"):
+        module(x[:5], x[:5], x[:4])
+
+
+def test_multi_head_attention_compiles_in_one_graph():
+    module, _ = mha_pair()
+    inputs = mha_inputs()
+    masks = mha_masks()["both"]
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs, **masks)[0], module(*inputs, **masks)[0], rtol=0, atol=1e-11)

@@ -202,9 +202,9 @@ def test_a_wrong_kernel_is_seen(monkeypatch):
         model, x = build(name)
         report = accel.patch(model)
         for row in report.replaced:
-            attend = row.replacement._attend
+            attend = row.replacement.attend
             monkeypatch.setattr(
-                row.replacement, "_attend", lambda *a, _f=attend, **k: _f(*a, **{**k, "mask_value": 0.0})
+                row.replacement, "attend", lambda *a, _f=attend, **k: _f(*a, **{**k, "mask_value": 0.0})
             )
         assert report.verify(x) > 1e-6, name
 
@@ -592,8 +592,10 @@ def test_ops_and_recipes_choose():
     assert len(accel.patch(model, ops=["window_attention"], recipe=None).replaced) == 4
     assert len(accel.patch(model, recipe="exact").replaced) == 4
     with pytest.raises(ValueError, match="no op is switched on"):
+        accel.patch(model, recipe={"window_attention": False, "softmax_attention": False})
+    with pytest.raises(ValueError, match=r"looked for .*attention that goes through transformers' registry"):
         accel.patch(model, recipe={"window_attention": False})
-    with pytest.raises(ValueError, match="known: window_attention"):
+    with pytest.raises(ValueError, match="known: softmax_attention, window_attention"):
         accel.patch(model, ops=["softmax"])
     with pytest.raises(ValueError, match="unknown recipe 'fast'"):
         accel.patch(model, recipe="fast")
@@ -644,10 +646,10 @@ def test_verify_sees_a_difference_and_nan():
     model, x = build("torchvision v1")
     report = accel.patch(model)
     row = report.rows[0]
-    attend = row.replacement._attend
-    row.replacement._attend = lambda *a, **k: attend(*a, **k) + 1
+    attend = row.replacement.attend
+    row.replacement.attend = lambda *a, **k: attend(*a, **k) + 1
     assert report.verify(x) > 1e-3
-    row.replacement._attend = lambda *a, **k: attend(*a, **k) * float("nan")
+    row.replacement.attend = lambda *a, **k: attend(*a, **k) * float("nan")
     assert report.verify(x) == float("inf")
     assert row.active
 

@@ -1037,6 +1037,18 @@ def test_padding_may_hold_anything(backend):
         testing.assert_same(got.named()[key], value, key)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_skips_hidden_values(backend):
+    """One query, whose keys a kernel may read where they lie: what is hidden and not finite does not reach it."""
+    q, k, v = (torch.randn(2, 2, n, 16) for n in (1, 40, 40))
+    mask = (torch.arange(40) < 30).view(1, 1, 1, 40)
+    available(backend, {"q": q, "k": k, "v": v}, {"mask": mask})
+    clean = accel.softmax_attention(q, k, v, mask=mask, backend=backend)
+    for x in (k, v):
+        x[:, :, 30:] = math.nan
+    testing.assert_same(accel.softmax_attention(q, k, v, mask=mask, backend=backend), clean, "out")
+
+
 # --- outputs, dropout, memory ---
 
 

@@ -13,6 +13,10 @@ def accepts_any_call(module: Any, **given: Any) -> str | None:
     return None
 
 
+def every_module(module: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Entry:
     """How one method of one library's class is computed by one of our ops.
@@ -31,6 +35,10 @@ class Entry:
     """``compute(module, attend, **given)``, where ``attend`` is the op."""
     why_not_call: Callable[..., str | None] = accepts_any_call
     op: str = "window_attention"
+    applies: Callable[[Any], bool] = every_module
+    """Whether the method has work to do in this module at all; if not, the module is no news."""
+    takes_tensor: bool = True
+    """Whether its first argument is a tensor; a tracer's proxy in its place is left to the class."""
     same_function: bool = True
     """False for what changes numerics by design: such an entry is taken only when its op is named."""
 

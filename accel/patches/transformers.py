@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accel.patches import transformers_bias
 from accel.patches.entry import DROPOUT, LINEAR, Entry, why_not_bypass, why_not_dropout
 
 SWIN = "transformers.models.swin.modeling_swin"
@@ -62,8 +63,8 @@ def _why_not_swin(layer: Any) -> str | None:
     if bypassed is not None:
         return bypassed
     implementation = layer.attention.config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
-        return f"its attention is set to {implementation!r}, not to eager or sdpa"
+    if implementation not in ("eager", "sdpa", "accel"):
+        return f"its attention is set to {implementation!r}, not to eager, sdpa or accel"
     return None
 
 
@@ -215,6 +216,7 @@ def _entry(prefix: str, compute: Callable[..., Any]) -> Entry:
 
 
 ENTRIES = (
+    *transformers_bias.ENTRIES,
     Entry(f"{SWIN}.SwinLayer", "forward", _why_not_swin, _swin, _why_not_swin_call),
     _entry("donut.modeling_donut_swin.DonutSwin", _copy),
     _entry("maskformer.modeling_maskformer_swin.MaskFormerSwin", _copy),

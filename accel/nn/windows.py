@@ -1,4 +1,4 @@
-"""Modules to use in place of torchvision's: same constructors, attributes and ``state_dict``, run by the kernels."""
+"""Shifted-window attention: torchvision's three modules over :func:`accel.window_attention`."""
 
 from __future__ import annotations
 

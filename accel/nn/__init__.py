@@ -1,0 +1,21 @@
+"""Modules to use in place of others': same constructors, attributes and ``state_dict``, run by the kernels."""
+
+from accel.nn.attention import MultiHeadAttention
+from accel.nn.windows import (
+    ShiftedWindowAttention,
+    ShiftedWindowAttention3d,
+    ShiftedWindowAttentionV2,
+    shifted_window_attention,
+    shifted_window_attention_3d,
+    shifted_window_attention_v2,
+)
+
+__all__ = [
+    "MultiHeadAttention",
+    "ShiftedWindowAttention",
+    "ShiftedWindowAttention3d",
+    "ShiftedWindowAttentionV2",
+    "shifted_window_attention",
+    "shifted_window_attention_3d",
+    "shifted_window_attention_v2",
+]

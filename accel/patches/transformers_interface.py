@@ -1,0 +1,280 @@
+"""The attention and mask functions that transformers' registries know as ``"accel"``.
+
+The mask function hands masks on as rules, so that a padded, causal or windowed batch needs no ``(T, S)`` tensor; the
+attention function reads them. What the op does not give is computed by the model's own eager function, and said.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from accel.ops.softmax_attention import softmax_attention
+from accel.patches.entry import why_not_dropout
+from accel.patches.stand import Stand, say_once
+from accel.patches.transformers_rules import (
+    MASKING,
+    Lazy,
+    LazyBias,
+    LazyMask,
+    MaskRule,
+    read_mask_function,
+    written_out,
+)
+
+NAME = "accel"
+STAND = "_accel"
+"""The attribute under which a patched attention module keeps its counts."""
+
+# Keywords on their way through a model that say nothing about attention, or what the mask says already.
+_UNREAD = {
+    *("position_ids", "cache_position", "seq_idx", "deterministic", "num_items_in_batch", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+}
+
+FOREIGN = {"indices", "block_indices", "sinks"}
+"""Keywords of sparse and other attention, for which the mask alone is not enough."""
+
+
+# --- attention ---
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function over :func:`accel.softmax_attention`.
+
+    Queries ``(B, Hq, T, D)``, keys and values ``(B, Hkv, S, D)``, the output ``(B, T, Hq, D)`` without weights. A call
+    that asks for weights goes to the model's own eager function.
+
+    Raises:
+        NotImplementedError: a keyword that is not known here, a paged cache, or weights of a model that has no eager
+            function.
+    """
+    for name, given in (("cache", cache), *kwargs.items()):
+        if name not in _UNREAD and given is not None and given is not False:
+            raise NotImplementedError(
+                f"{type(module).__name__} passes {name}={type(given).__name__} to its attention, which accel's does "
+                "not know; choose another attention for this model"
+            )
+    stand = getattr(module, STAND, None)
+    mask: Tensor | MaskRule
+    if attention_mask is not None:
+        mask = attention_mask
+    else:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        mask = _without_mask(query, key, bool(causal), sliding_window)
+    reason = _why_not(module, dropout, kwargs)
+    if isinstance(stand, Stand):
+        stand.count(reason)
+    elif reason is not None and not torch.compiler.is_compiling():
+        say_once(type(module).__name__, reason)
+    if reason is not None:
+        kwargs |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        kwargs = {k: written_out(v) for k, v in kwargs.items() if v is not None}
+        return _eager(reason, module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    how: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}
+    how |= pairs(mask, None if _is_zero(module) else position_bias)
+    if query.shape[0] != key.shape[0]:  # learned queries without a batch
+        batch = max(query.shape[0], key.shape[0])
+        query, key, value = [x.expand(batch, -1, -1, -1) for x in (query, key, value)]
+    attend: Any = stand.attend if isinstance(stand, Stand) else softmax_attention
+    out = attend(query, key, value, **how)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _without_mask(query: Tensor, key: Tensor, causal: bool, sliding_window: int | None) -> MaskRule:
+    """What no mask means: everything, or causal order with the last query beside the last key.
+
+    The mask function leaves the mask out only where there are as many queries as keys, or one; a model may have
+    dropped all but the last queries since.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    window = None
+    if sliding_window is not None and keys >= sliding_window:
+        window = (sliding_window - 1, -1 if causal else sliding_window - 1)
+    return MaskRule(query.shape[0], queries, keys, query.device, causal and queries > 1, window, keys - queries)
+
+
+def _why_not(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> str | None:
+    config = getattr(module, "config", None)
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        return "attention weights are asked for"
+    return why_not_dropout(dropout, True)
+
+
+def _is_zero(module: nn.Module) -> bool:
+    """Whether the bias of this call is the zeros that T5's cross-attention passes for want of one."""
+    return type(module).__name__ in _T5_LIKE and bool(module.is_decoder) and not module.is_causal
+
+
+_T5_LIKE = {"T5Attention", "MT5Attention", "UMT5Attention", "LongT5Attention", "SwitchTransformersAttention"}
+_T5_LIKE |= {"Pop2PianoAttention"}
+
+
+def pairs(mask: Tensor | MaskRule | None, position_bias: Tensor | None) -> dict[str, Any]:
+    """The op's arguments for a mask, boolean, additive or a rule, and a bias, dense or a table."""
+    how: dict[str, Any] = {}
+    dense: list[Tensor] = []
+    for x in (mask, position_bias):
+        if isinstance(x, LazyBias) and "bias_table" in how:
+            dense.append(x.dense())
+        elif isinstance(x, Lazy | MaskRule):
+            how |= x.arguments()
+        elif x is not None and x.dtype == torch.bool:
+            how["mask"] = x
+        elif x is not None:
+            dense.append(x)
+    if dense:
+        how["bias"] = dense[0] if len(dense) == 1 else dense[0] + dense[1]
+    return how
+
+
+def _eager(
+    reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention in plain torch, with the mask as what it adds."""
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if function is not None:
+            break
+    else:
+        raise NotImplementedError(f"accel's attention cannot serve {type(module).__name__}: {reason}")
+    mask = mask.dense() if isinstance(mask, MaskRule) else written_out(mask)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    out: tuple[Tensor, Tensor | None] = function(module, query, key, value, mask, **how)
+    return out
+
+
+# --- masks ---
+
+
+@dataclass
+class Packing:
+    """A flattened batch on its way through a model."""
+
+    cu_seqlens: Tensor
+    total: int
+    gaps: bool
+    """Whether padding stood between real tokens, where distances are no longer those of the padded batch."""
+    masks: int = 0
+
+
+_packing: ContextVar[Packing | None] = ContextVar("accel_packing", default=None)
+
+
+@contextmanager
+def packed(packing: Packing) -> Iterator[None]:
+    """Masks made within the block are those of this flattened batch."""
+    token = _packing.set(packing)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: None where nothing is masked that the attention function does not mask by itself.
+
+    Otherwise a boolean ``(B, 1, T, S)``, as a rule where it is one: causal order, a sliding window, padding, packed
+    sequences. Chunks, blocks and masks of the model's own are written out, by transformers.
+    """
+    if mask_function is None:
+        mask_function = sys.modules[MASKING].causal_mask_function  # type: ignore[attr-defined]
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    packing = None if tracing else _packing.get()
+    if packing is not None:
+        return _packed_mask(packing, q_length, kv_length, mask_function, device)
+    rule = None
+    if not tracing and isinstance(q_offset, int) and isinstance(kv_offset, int):
+        sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
+        rule = _rule(sizes, mask_function, attention_mask, torch.device(device))
+    if rule is None:
+        may_skip = allow_is_causal_skip and q_length in (1, kv_length)
+        made: Tensor | None = sys.modules[MASKING].sdpa_mask(  # type: ignore[attr-defined]
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+            mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,
+            allow_is_causal_skip=may_skip, allow_is_bidirectional_skip=allow_is_bidirectional_skip, **kwargs,
+        )  # fmt: skip
+        return made
+    may_skip = allow_is_causal_skip if rule.causal else allow_is_bidirectional_skip
+    plain = rule.key_mask is None and rule.cu_seqlens is None and not rule.narrows
+    if may_skip and plain and (not rule.causal or q_length == 1 or q_length == kv_length):
+        return None
+    return LazyMask(rule)
+
+
+def _rule(
+    sizes: tuple[int, int, int, int, int], mask_function: Any, attention_mask: Tensor | None, device: torch.device
+) -> MaskRule | None:
+    """The mask as a rule, or None where it is none that the op takes."""
+    batch, queries, keys, q_offset, kv_offset = sizes
+    seen = read_mask_function(mask_function)
+    if seen is None or (attention_mask is not None and attention_mask.dim() != 2):
+        return None
+    rule = MaskRule(batch, queries, keys, device, seen.causal, seen.window, q_offset - kv_offset)
+    if attention_mask is not None:
+        real = attention_mask[:, kv_offset : kv_offset + keys].to(torch.bool)
+        if real.shape[1] < keys:  # keys that a cache has room for
+            real = torch.nn.functional.pad(real, (0, keys - real.shape[1]))
+        if not bool(real.all()):
+            rule = replace(rule, key_mask=real)
+    if seen.sequences is not None:
+        if batch != 1 or rule.key_mask is not None:
+            return None
+        lengths = torch.unique_consecutive(seen.sequences[0], return_counts=True)[1]
+        ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        rule = replace(rule, cu_seqlens=ends.to(torch.int32))
+    return rule if rule.aligned else None
+
+
+def _packed_mask(packing: Packing, queries: int, keys: int, mask_function: Any, device: Any) -> Tensor:
+    if (queries, keys) != (packing.total, packing.total):
+        raise NotImplementedError(
+            f"a flattened batch of {packing.total} tokens meets an attention of {queries} queries and {keys} keys"
+        )
+    seen = read_mask_function(mask_function)
+    if seen is None:
+        raise NotImplementedError(
+            "this model masks by more than causal order, a sliding window and padding, which has no packed form here"
+        )
+    if packing.gaps and seen.window is not None:
+        raise ValueError("padding stands between real tokens, where a sliding window counts distances over it")
+    packing.masks += 1
+    rule = MaskRule(1, queries, keys, torch.device(device), seen.causal, seen.window, cu_seqlens=packing.cu_seqlens)
+    return LazyMask(rule)

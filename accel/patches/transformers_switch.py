@@ -1,0 +1,146 @@
+"""Sending one transformers model's attention through ``"accel"``: its modules read a configuration of their own.
+
+What an attention module calls is written in its configuration, which other models may share. So every module of the
+model gets a copy of its configuration with that one field changed; what is set on the copy later is kept at the end.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from accel import integrations
+from accel.patches.stand import Stand, stands_in
+from accel.patches.transformers_interface import FOREIGN, NAME, STAND
+
+OP = "softmax_attention"
+_FIELD = "_attn_implementation_internal"
+_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+
+class Switch(Stand):
+    """Holds a module's own configuration while a copy stands in its place."""
+
+    attribute = STAND
+    op = OP
+    listed = False
+
+    def __init__(self, module: nn.Module, twins: dict[int, Any]) -> None:
+        super().__init__(module)
+        configs = {name: value for name, value in vars(module).items() if id(value) in twins}
+        self.twins = {name: twins[id(value)] for name, value in configs.items()}
+        self.originals = configs
+        self.before = {name: dict(vars(twin)) for name, twin in self.twins.items()}
+
+    def put(self) -> None:
+        super().put()
+        for name, twin in self.twins.items():
+            vars(self.module)[name] = twin
+
+    def remove(self, for_good: bool = True) -> None:
+        """Give the module its configuration back, with what was set on the copy meanwhile."""
+        super().remove(for_good)
+        for name, original in self.originals.items():
+            if vars(self.module).get(name) is self.twins[name]:
+                if for_good:
+                    _carry_over(self.twins[name], self.before[name], original)
+                vars(self.module)[name] = original
+
+    def __repr__(self) -> str:
+        return f"<accel {self.op} for {type(self.module).__name__}>"
+
+
+class Attention(Switch):
+    """The same for a module that computes attention, which counts its calls here."""
+
+    listed = True
+
+    @property
+    def active(self) -> bool:
+        return super().active and vars(self.module)["config"]._attn_implementation == NAME
+
+
+def _carry_over(twin: Any, before: dict[str, Any], original: Any) -> None:
+    for name, value in vars(twin).items():
+        new = name not in before or before[name] is not value
+        if new and name != _FIELD and not _is_config(value):
+            vars(original)[name] = value
+
+
+def _is_config(x: Any) -> bool:
+    module = sys.modules.get("transformers.configuration_utils")
+    return module is not None and isinstance(x, module.PreTrainedConfig)
+
+
+def goes_through_the_registry(module: nn.Module) -> bool:
+    """Whether the module's class asks transformers' registry which function computes its attention."""
+    return _REGISTRY in _words(type(module)) and _is_config(vars(module).get("config"))
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module that goes through the registry cannot be switched."""
+    foreign = sorted(FOREIGN & _words(type(module)))
+    return f"it passes {', '.join(foreign)} to its attention, which the op does not know" if foreign else None
+
+
+def _words(cls: type) -> frozenset[str]:
+    """The global names that the class's forward reads, and the keywords and strings in it."""
+    if cls not in _known:
+        code = getattr(inspect.unwrap(getattr(cls, "forward", _words)), "__code__", None)
+        consts = () if code is None else code.co_consts
+        parts = [part for x in consts for part in (x if isinstance(x, tuple) else (x,))]
+        names = [_REGISTRY] if code is not None and _REGISTRY in code.co_names else []
+        _known[cls] = frozenset([*names, *(x for x in parts if isinstance(x, str))])
+    return _known[cls]
+
+
+_known: dict[type, frozenset[str]] = {}
+
+
+def plan(model: nn.Module, taken: set[str], left_out: set[str]) -> Iterator[tuple[str, Switch]]:
+    """The pieces that switch the attention modules named in ``taken`` and all that prepares their masks.
+
+    What is named in ``left_out`` keeps its configuration.
+    """
+    integrations.register()
+    named = list(model.named_modules())
+    attention = {name: module for name, module in named if goes_through_the_registry(module)}
+    wanted = {id(vars(attention[name])["config"]) for name in taken}
+    # A mask that was made to be added fits no other attention than the one it was made for.
+    kept = [vars(module)["config"] for name, module in attention.items() if name not in taken]
+    fixed = {id(config) for config in kept if config._attn_implementation not in ("sdpa", NAME)}
+    twins: dict[int, Any] = {}
+    for _, module in named:
+        for value in vars(module).values():
+            if _is_config(value):
+                _twin(value, wanted, twins)
+    twins = {key: twin for key, twin in twins.items() if twin is not None}
+    for name, module in named:
+        if any(isinstance(stand, Switch) for stand in stands_in(module)):
+            continue
+        if name in taken:
+            yield name, Attention(module, twins)
+        elif name not in attention and name not in left_out:
+            switch = Switch(module, twins)
+            if switch.twins and not any(id(config) in fixed for config in switch.originals.values()):
+                yield name, switch
+
+
+def _twin(config: Any, wanted: set[int], twins: dict[int, Any]) -> Any:
+    """A copy of ``config`` that is switched, with the copies of those in it; None where nothing in it is wanted."""
+    if id(config) in twins:
+        return twins[id(config)]
+    inside = {key: _twin(value, wanted, twins) for key, value in vars(config).items() if _is_config(value)}
+    inside = {key: twin for key, twin in inside.items() if twin is not None}
+    if id(config) not in wanted and not inside:
+        twins[id(config)] = None
+        return None
+    copy = object.__new__(type(config))
+    vars(copy).update(vars(config), **inside)
+    vars(copy)[_FIELD] = NAME
+    twins[id(config)] = copy
+    return copy

@@ -1,0 +1,532 @@
+"""Patching attention of torch.nn, timm, torchvision and diffusers: the same function, counted calls, all undone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("torchvision")
+pytest.importorskip("timm")
+
+from timm.layers.attention import Attention as TimmAttention
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
+
+import accel
+from accel.testing import assert_close
+
+# torch's own notes on when it does not take its fast paths, and that nested tensors are a prototype
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+]
+
+# A library that was built before its kernel for this op was written takes the reference.
+BACKEND = None if hasattr(torch.ops.accel_native, "softmax_attention_forward") else "reference"
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def image(channels=3):
+    return noise(2, channels, 16, 16)
+
+
+def padding(*lengths, longest):
+    """True where a token is padding."""
+    return torch.arange(longest) >= torch.tensor(lengths)[:, None]
+
+
+# --- models, small enough for float64 on one core ---
+
+VIT = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+
+
+def encoder(batch_first=True, **options):
+    options = {"dim_feedforward": 48, "dropout": 0.0, "batch_first": batch_first, **options}
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, **options), 2)
+
+
+class Translator(nn.Module):
+    """torch.nn.Transformer under the masks it is trained with."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.model = nn.Transformer(32, 2, 2, 2, 48, 0.0, batch_first=True, **options)
+
+    def forward(self, source, target):
+        pad = padding(9, 6, longest=9)
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=target.dtype)
+        return self.model(
+            source, target, tgt_mask=causal, src_key_padding_mask=pad, memory_key_padding_mask=pad, tgt_is_causal=True
+        )
+
+
+class DetrDecoderLayer(nn.Module):
+    """The first half of DETR's decoder: places are added to queries and keys, not to values."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(32, 2)
+        self.multihead_attn = nn.MultiheadAttention(32, 2)
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, target, memory, place, query_place, need_weights=False):
+        q = target + query_place
+        target = self.norm(target + self.self_attn(q, q, target, need_weights=False)[0])
+        attended = self.multihead_attn(
+            target + query_place, memory + place, memory,
+            key_padding_mask=padding(7, 11, longest=11), need_weights=need_weights,
+        )  # fmt: skip
+        return target + attended[0]
+
+
+def detr_inputs():
+    return noise(5, 2, 32), noise(11, 2, 32, seed=1), noise(11, 2, 32, seed=2), noise(5, 2, 32, seed=3)
+
+
+class UNetBlock(nn.Module):
+    """The attention block of Stable Diffusion's UNet, self- and cross-attention."""
+
+    def __init__(self):
+        super().__init__()
+        unets = pytest.importorskip("diffusers.models.unets.unet_2d_blocks")
+        self.block = unets.CrossAttnDownBlock2D(
+            32, 32, 16, num_layers=1, num_attention_heads=2, cross_attention_dim=24, resnet_groups=4
+        )
+
+    def forward(self, x, temb, text, mask=None):
+        return self.block(x, temb, text, encoder_attention_mask=mask)[0]
+
+
+class VaeAttention(nn.Module):
+    """The attention of Stable Diffusion's autoencoder: on a map, behind a group norm, with the residual in it."""
+
+    def __init__(self):
+        super().__init__()
+        attention = pytest.importorskip("diffusers.models.attention_processor")
+        self.attn = attention.Attention(
+            32, heads=2, dim_head=16, bias=True, norm_num_groups=4, residual_connection=True, rescale_output_factor=2.0
+        )
+
+    def forward(self, x):
+        return self.attn(x)
+
+
+def unet():
+    diffusers = pytest.importorskip("diffusers")
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), norm_num_groups=4,
+        layers_per_block=1, cross_attention_dim=24, attention_head_dim=8, down_block_types=("CrossAttnDownBlock2D",
+        "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    return model
+
+
+# name: model, inputs, modules that are replaced
+MODELS = {
+    "torch encoder": (encoder, lambda: (noise(2, 9, 32),), 4),
+    "torch encoder, tokens first": (lambda: encoder(False), lambda: (noise(9, 2, 32),), 4),
+    "torch encoder, norm first, GELU": (
+        lambda: encoder(norm_first=True, activation="gelu", bias=False), lambda: (noise(2, 9, 32),), 4,
+    ),
+    "torch encoder, unbatched": (encoder, lambda: (noise(9, 32),), 4),
+    "torch transformer": (Translator, lambda: (noise(2, 9, 32), noise(2, 7, 32, seed=1)), 8),
+    "torch transformer, norm first": (
+        lambda: Translator(norm_first=True), lambda: (noise(2, 9, 32), noise(2, 7, 32, seed=1)), 8,
+    ),
+    "DETR decoder": (DetrDecoderLayer, detr_inputs, 2),
+    "torchvision ViT": (lambda: TorchvisionViT(16, 4, 2, 2, 32, 48, num_classes=5), lambda: (image(),), 2),
+    "timm ViT": (lambda: VisionTransformer(**VIT), lambda: (image(),), 2),
+    "timm ViT, norms of q and k": (
+        lambda: VisionTransformer(**VIT, qk_norm=True, scale_attn_norm=True, qkv_bias=False), lambda: (image(),), 2,
+    ),
+    "timm BEiT": (lambda: Beit(**VIT, use_abs_pos_emb=False, use_rel_pos_bias=True), lambda: (image(),), 2),
+    "timm BEiT, one bias for all": (lambda: Beit(**VIT, use_shared_rel_pos_bias=True), lambda: (image(),), 2),
+    "timm BEiT, no bias": (lambda: Beit(**VIT, qkv_bias=False), lambda: (image(),), 2),
+    "timm EVA": (lambda: Eva(**VIT, use_rot_pos_emb=True), lambda: (image(),), 2),
+    "timm EVA, three projections": (
+        lambda: Eva(**VIT, use_rot_pos_emb=True, qkv_fused=False, scale_attn_inner=True), lambda: (image(),), 2,
+    ),
+    "timm EVA, rope attention": (
+        lambda: Eva(**VIT, use_rot_pos_emb=True, attn_type="rope"), lambda: (image(),), 2,
+    ),
+    "diffusers block": (UNetBlock, lambda: (noise(2, 32, 8, 8), noise(2, 16), noise(2, 5, 24)), 2),
+    "diffusers block, text mask": (
+        UNetBlock,
+        lambda: (noise(2, 32, 8, 8), noise(2, 16), noise(2, 5, 24), -1e4 * padding(5, 3, longest=5)[:, None]),
+        2,
+    ),
+    "diffusers VAE attention": (VaeAttention, lambda: (noise(2, 32, 4, 6),), 1),
+    "diffusers UNet": (unet, lambda: (noise(2, 4, 8, 8), torch.tensor([3, 7]), noise(2, 5, 24)), 8),
+}  # fmt: skip
+
+
+def randomize(model, dtype=torch.float64):
+    """Every parameter away from its initial value: tables and biases that start at zero hide mistakes."""
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.2)
+    return model.to(dtype)
+
+
+def build(name, dtype=torch.float64):
+    make, inputs, count = MODELS[name]
+    given = [x.to(dtype) if x.is_floating_point() else x for x in inputs()]
+    return randomize(make(), dtype), given, count
+
+
+def tensor(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    inputs = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    out = tensor(model(*inputs))
+    (out * noise(*out.shape, seed=9).to(out.dtype)).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return out.detach(), grads | {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+
+
+def served(report):
+    """Calls of each row; fails on one that went to the class's own code."""
+    assert not any(row.fallbacks for row in report.rows), str(report)
+    return [row.calls for row in report.rows]
+
+
+def change_op(monkeypatch, report, change):
+    """Let every call of the op in a patched model pass through ``change(op, q, k, v, **how)``."""
+    for row in report.replaced:
+        op = row.replacement.attend
+        monkeypatch.setattr(row.replacement, "attend", lambda *a, _op=op, **how: change(_op, *a, **how))
+
+
+# --- the same function ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patched_model_computes_the_same(name):
+    model, inputs, count = build(name)
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    reference, expected = gradients(model, inputs)
+    report = accel.patch(model)
+    assert len(report.replaced) == count, str(report)
+    assert not report.skipped
+    out, found = gradients(model, inputs)
+    assert served(report) == [1] * count
+    scale = max(1.0, float(reference.abs().max()))
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-12 * scale)
+    assert list(found) == list(expected)
+    for parameter, gradient in expected.items():
+        error = float((found[parameter] - gradient).abs().max())
+        assert error <= 1e-10 * max(float(gradient.abs().max()), 1.0), f"{parameter}: {error}"
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == types
+    assert report.verify(*inputs) <= 1e-12 * scale
+
+    assert len(accel.unpatch(model)) == count
+    again, _ = gradients(model, inputs)
+    assert torch.equal(again, reference)
+
+
+@pytest.mark.parametrize(
+    "name", ["torch encoder", "torch transformer", "timm ViT", "timm BEiT", "timm EVA", "diffusers block"]
+)
+def test_fp32_within_the_tolerance_table(name):
+    model, inputs, _ = build(name)
+    expected, _ = gradients(model, inputs)
+    model.float()
+    report = accel.patch(model)
+    with accel.use(backend=BACKEND):
+        out, _ = gradients(model, [x.float() if x.is_floating_point() else x for x in inputs])
+    assert set(served(report)) == {1}
+    assert_close(out, expected, "softmax", torch.float32, name)
+
+
+@pytest.mark.parametrize("name", ["torch encoder", "timm ViT", "timm BEiT", "diffusers block"])
+def test_a_wrong_kernel_is_seen(name, monkeypatch):
+    """The comparison above can fail: a logit scale of another value is noticed in every library."""
+    model, inputs, _ = build(name)
+    report = accel.patch(model)
+    change_op(monkeypatch, report, lambda op, *a, **how: op(*a, **{**how, "scale": 0.01}))
+    assert report.verify(*inputs) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["torch encoder", "timm ViT", "timm BEiT", "diffusers block"])
+def test_a_copy_is_patched_and_stands_alone(name):
+    model, inputs, count = build(name)
+    model.eval()
+    report = accel.patch(model)
+    expected = tensor(model(*inputs))
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(tensor(twin(*inputs)), expected)
+    assert served(report) == [1] * count
+    assert [row.calls for row in accel.patch(twin).rows] == [2] * count
+
+
+COMPILED = {
+    "torch encoder layer": lambda: encoder().layers[0],
+    "timm BEiT": lambda: Beit(**VIT, use_rel_pos_bias=True).blocks[0].attn,
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_module_is_one_graph(name):
+    module, inputs = randomize(COMPILED[name]()), (noise(2, 17, 32),)
+    reference, expected = gradients(module, inputs)
+    report = accel.patch(module)
+    module.compile(fullgraph=True, backend="aot_eager")
+    out, found = gradients(module, inputs)
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-11)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-10)
+    assert not report.uncalled()
+
+
+# --- torch.nn ---
+
+DROPS_ALL = "attention dropout is 1.0, and a kernel takes less than 1"
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
+PADDED = padding(9, 6, longest=9)
+MASKS = {
+    "none": {},
+    "padding": {"src_key_padding_mask": PADDED},
+    "padding on the left": {"src_key_padding_mask": PADDED.flip(1)},
+    "causal": {"mask": CAUSAL, "is_causal": True},
+    "boolean": {"mask": CAUSAL.isinf()},
+    "causal and padding": {"mask": CAUSAL.isinf(), "is_causal": True, "src_key_padding_mask": PADDED},
+    "floating": {"mask": noise(9, 9, seed=5)},
+    "a mask for every head": {"mask": noise(4, 9, 9, seed=5)},
+}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_masks_of_the_encoder(masks, training):
+    """In eval mode under no_grad torch takes its fast paths, with nested tensors where the padding is on the right."""
+    model, x = randomize(encoder()).train(training), noise(2, 9, 32)
+    floating = masks in ("floating", "a mask for every head")
+    with torch.set_grad_enabled(training or floating):  # the fast path takes any number but 0 in a mask for "hidden"
+        expected = model(x, **MASKS[masks]).detach()
+    with torch.set_grad_enabled(training):
+        report = accel.patch(model)
+        found = model(x, **MASKS[masks])
+    assert served(report) == [1] * 4
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_nested_tensors_are_packed(monkeypatch):
+    """Padding that the encoder takes out stays out: the op sees the packed tokens and the outputs are padded with 0."""
+    model, x = randomize(encoder()).eval(), noise(2, 9, 32)
+    report = accel.patch(model)
+    shapes = []
+    change_op(monkeypatch, report, lambda op, q, *a, **how: shapes.append(tuple(q.shape)) or op(q, *a, **how))
+    with torch.no_grad():
+        out = model(x, src_key_padding_mask=PADDED)
+    assert shapes == [(1, 2, 15, 16)] * 2
+    assert bool((out[1, 6:] == 0).all())
+
+
+def test_an_encoder_layer_on_a_nested_tensor_of_the_caller():
+    layer = randomize(nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)).eval()
+    x = torch.nested.nested_tensor([noise(5, 32), noise(3, 32, seed=1)])
+    with torch.no_grad():
+        expected = layer(x)
+        report = accel.patch(layer)
+        found = layer(x)
+    assert found.is_nested
+    assert served(report) == [1, 1]
+    for a, b in zip(found.unbind(), expected.unbind(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_asking_for_attention_weights_falls_back_for_that_call():
+    model, inputs, _ = build("DETR decoder")
+    expected = model(*inputs, need_weights=True)
+    report = accel.patch(model)
+    assert torch.equal(
+        report.rows[1].replacement.module(*[inputs[0]] * 3)[1], model.multihead_attn(*[inputs[0]] * 3)[1]
+    )
+    torch.testing.assert_close(model(*inputs, need_weights=True), expected, rtol=0, atol=1e-12)
+    assert [row.calls for row in report.rows] == [1, 0]
+    assert report.rows[1].fallbacks == {"attention weights are asked for": 3}
+    model(*inputs)
+    assert [row.calls for row in report.rows] == [2, 1]
+
+
+def test_attention_with_every_option():
+    attn = nn.MultiheadAttention(32, 2, kdim=20, vdim=12, add_bias_kv=True, add_zero_attn=True, batch_first=True)
+    randomize(attn)
+    inputs = (noise(2, 5, 32), noise(2, 7, 20, seed=1), noise(2, 7, 12, seed=2))
+    masks = {"attn_mask": noise(4, 5, 7, seed=3) > 1, "key_padding_mask": padding(7, 4, longest=7)}
+    for given in ({}, masks, {n: -3 * m.double() for n, m in masks.items()}):
+        expected = attn(*inputs, need_weights=False, **given)[0]
+        with accel.patch(attn) as report:
+            found, weights = attn(*inputs, need_weights=False, **given)
+        assert weights is None
+        assert served(report) == [1]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_dropout_of_weights_is_applied_in_training_only():
+    for model, inputs in (
+        (encoder(dropout=0.5), (noise(2, 9, 32),)),
+        (nn.MultiheadAttention(32, 2, dropout=0.5), (noise(9, 2, 32),) * 3 + (None, False)),
+        (VisionTransformer(**VIT, attn_drop_rate=0.5), (image(),)),
+        (Beit(**VIT, use_rel_pos_bias=True, attn_drop_rate=0.5), (image(),)),
+        (Eva(**VIT, attn_drop_rate=0.5), (image(),)),
+    ):
+        randomize(model)
+        report = accel.patch(model)
+        model.train()
+        assert not torch.equal(tensor(model(*inputs)), tensor(model(*inputs)))
+        assert report.verify(*inputs) < 1e-11
+        assert set(served(report)) == {3}
+
+
+def test_dropout_of_one_is_left_to_the_class():
+    for make in (VisionTransformer, Beit, Eva):
+        report = accel.patch(make(**VIT, attn_drop_rate=1.0))
+        report.model.train()(image().float())
+        assert not any(row.calls for row in report.rows)
+        assert {reason for row in report.rows for reason in row.fallbacks} == {DROPS_ALL}
+    layer = nn.TransformerEncoderLayer(32, 2, 48, dropout=1.0)
+    report = accel.patch(layer)
+    layer(noise(9, 2, 32).float())
+    assert [row.fallbacks for row in report.rows] == [{DROPS_ALL: 1}] * 2
+
+
+def test_an_encoder_layer_follows_its_attention():
+    """With its attention left out, or something else in its place, nothing is left to gain in the layer."""
+    model, x = randomize(encoder()).eval(), noise(2, 9, 32)
+    expected = model(x)
+    report = accel.patch(model, skip="layers.0.self_attn")
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+    assert report.rows[0].fallbacks == {"self_attn is not patched": 1}
+    accel.unpatch(model)
+
+    class Louder(nn.MultiheadAttention):
+        def forward(self, *args, **kwargs):
+            out, weights = super().forward(*args, **kwargs)
+            return 2 * out, weights
+
+    model.layers[1].self_attn.__class__ = Louder
+    expected = model(x)
+    report = accel.patch(model)
+    reasons = {row.name: row.reason for row in report.skipped}
+    assert "Louder, not the plain torch.nn" in reasons["layers.1"]
+    assert "subclass of torch.nn" in reasons["layers.1.self_attn"]
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-12)
+
+
+def test_hooks_in_an_encoder_layer_run():
+    model, x = randomize(encoder()).eval(), noise(2, 9, 32)
+    accel.patch(model)
+    seen = []
+    for name in ("self_attn", "linear1", "linear2", "norm1", "norm2", "dropout", "dropout1", "dropout2"):
+        getattr(model.layers[0], name).register_forward_hook(lambda *a, name=name: seen.append(name))
+    with torch.no_grad():
+        model(x)
+    assert seen == ["self_attn", "dropout1", "norm1", "linear1", "dropout", "linear2", "dropout2", "norm2"]
+
+
+def test_a_causal_hint_without_a_mask_is_the_classs_affair():
+    layer = randomize(nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)).eval()
+    x = noise(2, 9, 32)
+    with torch.no_grad():
+        expected = layer(x, is_causal=True)  # whose fast path pays it no heed
+        report = accel.patch(layer)
+        assert torch.equal(layer(x, is_causal=True), expected)
+    assert report.rows[0].fallbacks == {"is_causal is a hint about a mask, and no mask is given": 1}
+    with pytest.raises(RuntimeError, match="Need attn_mask"):
+        layer.self_attn(x, x, x, need_weights=False, is_causal=True)
+
+
+# --- timm ---
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_masks_of_timms_attention(fused):
+    attn = randomize(TimmAttention(32, 2, qk_norm=True, gated=True, norm_layer=nn.LayerNorm))
+    attn.fused_attn = fused
+    x = noise(2, 9, 32)
+    visible = ~PADDED[:, None, None, :]
+    calls = [{"attn_mask": visible}, {"attn_mask": noise(2, 1, 9, 9, seed=2)}, {"is_causal": True}]
+    expected = [attn(x, **given) for given in calls]
+    report = accel.patch(attn)
+    for given, e in zip(calls, expected, strict=True):
+        torch.testing.assert_close(attn(x, **given), e, rtol=0, atol=1e-12)
+    assert served(report) == [3]
+
+
+def test_grouped_heads_of_timms_rope_attention():
+    from timm.layers.attention import AttentionRope
+
+    attn = randomize(AttentionRope(32, 4, qkv_fused=False, num_kv_heads=2, num_prefix_tokens=1))
+    x, rope = noise(2, 9, 32), noise(8, 16, seed=4)
+    expected = attn(x, rope=rope)
+    report = accel.patch(attn)
+    torch.testing.assert_close(attn(x, rope=rope), expected, rtol=0, atol=1e-12)
+    assert served(report) == [1]
+
+
+def test_a_beit_of_another_size():
+    """The window is read at the time of the call; the bias beside the projection is the same sum as in it."""
+    model = randomize(Beit(**VIT, use_abs_pos_emb=False, use_rel_pos_bias=True))
+    report = accel.patch(model)
+    model.set_input_size((24, 16))
+    for block in model.blocks:
+        nn.init.normal_(block.attn.relative_position_bias_table)
+        block.attn.qkv_bias_separate = True
+    assert report.verify(noise(2, 3, 24, 16)) < 1e-11
+    assert served(report) == [1, 1]
+
+
+def test_wrapped_children_are_called():
+    model, inputs, _ = build("timm ViT")
+    model.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: output * 2)
+    nn.utils.parametrizations.weight_norm(model.blocks[0].attn.proj)
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda *a: None)
+    expected = model(*inputs)
+    report = accel.patch(model)
+    assert [row.reason for row in report.rows] == ["", "attn_drop carries hooks"]
+    torch.testing.assert_close(model(*inputs), expected, rtol=0, atol=1e-12)
+    assert served(report) == [1, 0]
+
+
+# --- diffusers ---
+
+
+def test_a_processor_that_is_not_the_default_is_left_alone():
+    processors = pytest.importorskip("diffusers.models.attention_processor")
+    model = randomize(unet())
+    inputs = MODELS["diffusers UNet"][1]()
+    names = list(model.attn_processors)
+    model.set_attn_processor({n: processors.AttnProcessor() if i else processors.AttnProcessor2_0()
+                              for i, n in enumerate(names)})  # fmt: skip
+    report = accel.patch(model)
+    assert len(report.replaced) == 1
+    assert {r.reason for r in report.skipped} == {
+        "its processor is diffusers.models.attention_processor.AttnProcessor, "
+        "not diffusers.models.attention_processor.AttnProcessor2_0"
+    }
+    expected = tensor(model(*inputs))
+    model.set_attn_processor(processors.AttnProcessor())
+    torch.testing.assert_close(tensor(model(*inputs)), expected, rtol=0, atol=1e-10)
+    assert [sum(row.fallbacks.values()) for row in report.replaced] == [1]
+
+
+def test_what_a_processor_is_handed_besides():
+    pytest.importorskip("diffusers")
+    model, inputs, _ = build("diffusers VAE attention")
+    expected = model.attn(*inputs, scale=1.0)
+    report = accel.patch(model)
+    assert torch.equal(model.attn(*inputs, scale=1.0), expected)
+    assert report.rows[0].fallbacks == {"its processor is handed scale": 1}
