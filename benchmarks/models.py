@@ -134,16 +134,45 @@ def _transformers_swin() -> nn.Module:
     return transformers.SwinForImageClassification(transformers.SwinConfig(num_labels=1000, drop_path_rate=0.0))
 
 
+def _timm_vit() -> nn.Module:
+    return _need("timm").create_model("vit_small_patch16_224", pretrained=False)
+
+
+def _bert() -> nn.Module:
+    allow_import()
+    transformers = _need("transformers")
+    config = transformers.BertConfig(
+        hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2048, num_labels=1000
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def _t5() -> nn.Module:
+    allow_import()
+    transformers = _need("transformers")
+    return transformers.T5ForTokenClassification(transformers.T5Config(num_labels=10, dropout_rate=0.0))
+
+
+def sentences() -> Tensor:
+    """Token numbers ``(4, 512)``; the weights are random, so what they would spell makes no difference."""
+    return torch.randint(1000, 30000, (BATCH, 512), generator=torch.Generator().manual_seed(0))
+
+
 @dataclass(frozen=True)
 class Model:
     name: str
     build: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor] = photographs
+    trains: bool = True
 
 
 MODELS = (
     Model("torchvision swin_t", _torchvision_swin),
     Model("timm swin_tiny", _timm_swin),
     Model("transformers Swin", _transformers_swin),
+    Model("timm vit_small", _timm_vit),
+    Model("transformers BERT, 4 layers of 512", _bert, sentences),
+    Model("transformers T5-small encoder", _t5, sentences, trains=False),
 )
 
 
@@ -153,9 +182,13 @@ def build(model: Model, seed: int) -> nn.Module:
     net = model.build().eval()
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            if name.endswith("relative_position_bias_table"):
+            if name.endswith(("relative_position_bias_table", "relative_attention_bias.weight")):
                 parameter.normal_(std=0.5)
     return net
+
+
+def _to(x: Tensor, device: str, dtype: torch.dtype) -> Tensor:
+    return x.to(device, dtype if x.is_floating_point() else x.dtype)
 
 
 def _logits(net: nn.Module, x: Tensor) -> Tensor:
@@ -225,7 +258,8 @@ def model_rows(
 ) -> list[Row]:
     """Patched, unpatched and with the core stubbed out, proven equal and then timed together."""
     training = mode == TRAINING
-    shape = f"B{BATCH} {SIZE}×{SIZE}"
+    tokens = model.inputs is sentences
+    shape = f"B{BATCH} T512" if tokens else f"B{BATCH} {SIZE}×{SIZE}"
     names = [OURS, "eager", CEILING] if model.name.startswith("torchvision") else [OURS, "eager"]
     rows = {n: Row(NAME, model.name, "", shape, dtype_name(dtype), mode, device, n) for n in names}
     for row in rows.values():
@@ -235,7 +269,7 @@ def model_rows(
         say(f"{label}: built")
         plain = build(model, seed).to(device, dtype)
         plain.train(training)
-        x = photographs().to(device, dtype)
+        x = _to(model.inputs(), device, dtype)
         labels = torch.arange(BATCH, device=device)
     except UnavailableError as error:
         for row in rows.values():
@@ -258,7 +292,7 @@ def model_rows(
             nets[CEILING] = stub
 
     say(f"{label}: against float64")
-    exact = _results(copy.deepcopy(plain).double(), x.double(), labels, training, seed)
+    exact = _results(copy.deepcopy(plain).double(), _to(x, device, torch.float64), labels, training, seed)
     errors = {}
     for name in [n for n in ("eager", OURS) if n in nets]:
         got = _results(nets[name], x, labels, training, seed)
@@ -305,7 +339,7 @@ def jobs(dtypes: Sequence[torch.dtype], level: str) -> Iterator[tuple[Model, tor
     for model in MODELS if level == "full" else MODELS[:1]:
         for dtype in dtypes:
             yield model, dtype, "forward"
-        if torch.float32 in dtypes:
+        if torch.float32 in dtypes and model.trains:
             yield model, torch.float32, TRAINING
 
 
