@@ -53,6 +53,16 @@ void broadcast_strides(const Params& p, const Tensor& x, const char* name, int64
   }
 }
 
+// A tile reads its line for all its rows and all keys that one of them sees, in whole vectors.
+void check_line(const Params& p, int64_t b, const Tile& tile) {
+  if (!p.line || !p.rows) return;
+  constexpr int SLACK = LINE_MARGIN - 16;
+  const int64_t shift = p.rows[b * p.rows_batch + int64_t(tile.query) * 5 + 4];
+  const int first = std::min(tile.first[0], tile.first[1]), end = std::max(tile.end[0], tile.end[1]);
+  STD_TORCH_CHECK(first >= end || (shift - (end - 1) >= -SLACK && shift + tile.count - 1 - first < p.line_length + SLACK),
+                  "rows: keys [", first, ", ", end, ") of the queries from ", tile.query, " on leave the line");
+}
+
 // What all rows of a tile see, and what some do. Tiles end where a query's place in the line jumps: a new document.
 void cut_tiles(Call& call, int64_t batches) {
   Params& p = call.p;
@@ -82,6 +92,7 @@ void cut_tiles(Call& call, int64_t batches) {
             if (first >= end) tile.all_end[i] = -1;
           }
         }
+        check_line(p, b, tile);
         call.tiles.push_back(tile);
       }
     }

@@ -151,11 +151,10 @@ class Logits {
   explicit Logits(const Params& p)
       : p(p),
         ld(spread(BLOCK_KEYS)),
-        bias_ld(ld),
         x(int64_t(TILE_ROWS) * ld),
         unit(p.softcap > 0.0f ? 1.0f : LOG2_E),
-        filled_(p.bias || p.table ? 1 : 0),
-        init_(filled_ || (p.line && p.softcap > 0.0f) ? int64_t(TILE_ROWS) * ld : 0),
+        filled_(p.bias || p.table),
+        init_(filled_ ? int64_t(TILE_ROWS) * ld : 0),
         slope_(p.softcap > 0.0f ? int64_t(TILE_ROWS) * ld : 0) {}
 
   Seen seen(int64_t b, int64_t i) const {
@@ -216,7 +215,7 @@ class Logits {
   int64_t line_offset(int64_t b, const Tile& tile) const { return p.line_length - 1 - seen(b, tile.query).shift; }
 
   const Params& p;
-  const int ld, bias_ld;
+  const int ld;
   Buffer x;
 
  private:
@@ -230,7 +229,7 @@ class Logits {
   Init find_init(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
     if (filled_) {
       fill_bias(b, h, tile, block, s);
-      return {init_ + s.from, bias_ld};
+      return {init_ + s.from, ld};
     }
     if (p.line) return {line_of(b, h, tile) + block + s.from, -1};
     return {};
@@ -259,7 +258,7 @@ class Logits {
   void fill_bias(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
     const int to = int(std::min<int64_t>(s.to, p.keys - block));
     for (int i = 0; i < tile.count; ++i) {
-      float* row = init_ + int64_t(i) * bias_ld;
+      float* row = init_ + int64_t(i) * ld;
       if (p.line) {
         const float* line = line_of(b, h, tile) + block - i;
         for (int j = s.from; j < s.to; j += W) store(row + j, load(line + j));
@@ -385,7 +384,7 @@ class Logits {
 
  private:
   const float unit;
-  const int filled_;
+  const bool filled_;
   Buffer init_;   // bias of the tile
   Buffer slope_;  // 1 − tanh²
   std::vector<int64_t> spoiled_;
