@@ -16,7 +16,8 @@ SMALL = case("small", (5, 7), (3, 4), (1, 2), heads=2, head_dim=4, qkv_bias=True
 
 
 def forward(*args):
-    with torch.autocast("cpu", enabled=False):  # a kernel's arithmetic knows nothing of it
+    # a kernel's arithmetic knows nothing of autocast, nor of threads, by which torch's products may choose their order
+    with torch.autocast("cpu", enabled=False), testing.threads(1):
         out, lse = module.reference(args[0].float(), *args[1:])
     return out.to(args[0].dtype), lse.float()
 
@@ -27,9 +28,10 @@ def backward(grad_out, qkv, out, lse, *args):
 
     def differentiate():
         leaves = [None if t is None else t.float().detach().requires_grad_() for t in (qkv, *rest[:4])]
-        result = module.reference(*leaves, *rest[4:])[0]
         asked = [t for t in leaves if t is not None]
-        grads = iter(torch.autograd.grad(result, asked, grad_out.float(), materialize_grads=True))
+        with testing.threads(1):
+            result = module.reference(*leaves, *rest[4:])[0]
+            grads = iter(torch.autograd.grad(result, asked, grad_out.float(), materialize_grads=True))
         return [None if t is None else next(grads) for t in leaves]
 
     with ThreadPoolExecutor(1) as elsewhere:  # inside an op's implementation this thread's autograd is switched off
