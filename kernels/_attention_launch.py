@@ -14,9 +14,6 @@ from accel.kernels import _blocks
 from accel.kernels._blocks import Launch
 from accel.ops.softmax_attention import Args
 
-# what a compile case needs to know of the masks and ranges that only attention reads
-_blocks._POINTER.update({torch.int32: "*i32", torch.uint8: "*u8"})
-
 _AXES = {"q": "t", "k": "s", "v": "s", "out": "t", "grad": "t", "grad_q": "t", "grad_k": "s", "grad_v": "s"}
 
 LAUNCH_INTS = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,14 @@ import triton
 import triton.language as tl
 
 ARCHITECTURES = (80, 90, 100)
-_POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+_POINTER = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.uint8: "*u8",
+}
 _TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -42,6 +51,16 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 def store_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of output buffers: fp32 in the interpreter, which truncates instead of rounding; torch rounds then."""
     return torch.float32 if INTERPRETING else dtype
+
+
+@contextlib.contextmanager
+def device_of(x: torch.Tensor) -> Iterator[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if x.device.type != "cuda":
+        yield
+    else:
+        with torch.cuda.device(x.device):
+            yield
 
 
 @dataclass(frozen=True)

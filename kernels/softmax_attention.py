@@ -7,7 +7,6 @@ The gradients of biases have kernels of their own (``_attention_biases.py``).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -719,16 +718,6 @@ def why_not(args: Any) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _device_of(x: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if x.device.type != "cuda":
-        yield
-    else:
-        with torch.cuda.device(x.device):
-            yield
-
-
 def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A result buffer in the layout of ``x``."""
     return torch.empty_like(empty_like_layout(x, shape), dtype=_blocks.store_dtype(x.dtype))
@@ -809,7 +798,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments are the fields of ``accel.ops.softmax_attention.Args``."""
     given = Args(*args)
     out, lse = _results(given.q, given.v)
-    with _device_of(given.q):
+    with _blocks.device_of(given.q):
         _forward_launch(out, lse, given).run()
     return out.to(given.q.dtype), lse
 
@@ -821,7 +810,7 @@ def backward(grad_out: Tensor, delta: Tensor, lse: Tensor, *rest: Any) -> tuple[
     """
     *args, needs = rest
     given = Args(*args)
-    with _device_of(given.q):
+    with _blocks.device_of(given.q):
         plan = _backward_plan(grad_out, delta.contiguous(), lse.contiguous(), given, needs)
         for step in plan.launches:
             step.run()

@@ -8,7 +8,6 @@ online softmax forward, three backward kernels (queries, keys, bias), so that ev
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -937,16 +936,6 @@ def why_not(args: Any) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _device_of(x: Tensor) -> Iterator[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if x.device.type != "cuda":
-        yield
-    else:
-        with torch.cuda.device(x.device):
-            yield
-
-
 def _shared(
     qkv: Tensor,
     bias_table: Tensor | None,
@@ -1132,7 +1121,7 @@ def _results(qkv: Tensor, num_heads: int, window: list[int]) -> tuple[Tensor, Te
 def forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; arguments as ``accel.ops.window_attention.reference``."""
     out, lse = _results(qkv, rest[5], rest[6])
-    with _device_of(qkv):
+    with _blocks.device_of(qkv):
         _forward_launch(out, lse, qkv, *rest).run()
     return out.to(qkv.dtype), lse
 
@@ -1144,7 +1133,7 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any
     """
     bias_table, bias, _, qkv_bias, _, _, window, *_, needs = rest
     grad_table, grad_bias, grad_head, grad_fill = (lse.new_empty(0) for _ in range(4))
-    with _device_of(qkv):
+    with _blocks.device_of(qkv):
         plan = _backward_plan(grad_out, qkv, lse, *rest)
         for launch in plan.launches:
             launch.run()

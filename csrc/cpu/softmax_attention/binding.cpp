@@ -20,7 +20,6 @@ using OptionalTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 constexpr double LOG2_E = 1.4426950408889634;
 
-
 // Everything a call needs besides its tensors: what the parameters point into.
 struct Call {
   Params p{};
@@ -107,9 +106,6 @@ void check_rows(const Params& p, int64_t batches) {
     for (int i = 0; i < 2; ++i) {
       const int first = r[2 * i], end = r[2 * i + 1];
       STD_TORCH_CHECK(0 <= first && first <= end && end <= p.keys, "rows: keys [", first, ", ", end, ") of ", p.keys);
-      if (!p.line || first == end) continue;
-      STD_TORCH_CHECK(r[4] - (end - 1) >= 0 && r[4] - first < p.line_length, "rows: place ", r[4], " for keys [", first,
-                      ", ", end, ") leaves a line of ", p.line_length);
     }
   }
 }

@@ -124,11 +124,9 @@ struct Span {
 inline Span meet(const Tile& tile, int64_t block, int count) {
   const int first = int(block), end = int(block) + count;
   Span s{0, 0, count, 0, false};
-  int parts = 0;
   for (int i = 0; i < 2; ++i) {
     const int a = std::max(tile.first[i], first), b = std::min(tile.end[i], end);
     if (a >= b) continue;
-    ++parts;
     s.live_from = std::min(s.live_from, a - first);
     s.live_to = std::max(s.live_to, b - first);
   }
