@@ -31,6 +31,7 @@ X86_LEVELS = [
     ("portable", 4, ["-march=x86-64"]),
     ("avx2", 8, ["-march=x86-64-v3"]),
     ("avx512", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
+    ("avx512_bf16", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"]),
 ]
 
 

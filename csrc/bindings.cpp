@@ -12,7 +12,7 @@
 
 namespace accel {
 
-Isa best_isa() {
+Isa highest_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
@@ -20,10 +20,21 @@ Isa best_isa() {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512cd");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #endif
   return Isa::portable;
+}
+
+// The bf16 dot product pays where it is issued as often as an fp32 multiply-add, twice the products: on Zen 4, 113 against
+// 57 G multiply-adds/s a core. On Sapphire Rapids it is half the rate of converting to fp32 first, 43 against 88.
+Isa best_isa() {
+  Isa best = highest_isa();
+#if defined(__x86_64__)
+  if (best == Isa::avx512_bf16 && !__builtin_cpu_is("amd")) best = Isa::avx512;
+#endif
+  return best;
 }
 
 static std::atomic<int> level{int(best_isa())};
@@ -46,22 +57,22 @@ PYBIND11_MODULE(_C, m) {
 #endif
     std::vector<std::string> built;
 #if defined(__x86_64__)
-    int levels = 3;
+    int levels = 4;
 #else
     int levels = 1;
 #endif
     for (int i = 0; i < levels; ++i) built.emplace_back(accel::ISA_NAMES[i]);
     info["isa_built"] = built;
-    info["isa_best"] = accel::ISA_NAMES[int(accel::best_isa())];
+    info["isa_highest"] = accel::ISA_NAMES[int(accel::highest_isa())];
     info["isa"] = accel::ISA_NAMES[int(accel::isa())];
     info["torch_built"] = ACCEL_TORCH_VERSION;
     info["cuda_archs"] = ACCEL_CUDA_ARCHS;
     return info;
-  }, "Compiler, instruction-set levels (built, best here, in use), torch built against, CUDA architectures.");
+  }, "Compiler, instruction-set levels (built, highest here, in use), torch built against, CUDA architectures.");
   m.def("set_isa", [](const std::string& name) {
-    for (int i = 0; i <= int(accel::best_isa()); ++i)
+    for (int i = 0; i <= int(accel::highest_isa()); ++i)
       if (name == accel::ISA_NAMES[i]) return accel::set_isa(accel::Isa(i));
-    throw py::value_error("instruction-set level '" + name + "' is not one this processor has; the best is '" +
-                          accel::ISA_NAMES[int(accel::best_isa())] + "'");
-  }, py::arg("name"), "Run the CPU kernels at a lower level, to test or compare it; process-wide.");
+    throw py::value_error("instruction-set level '" + name + "' is not one this processor has; the highest is '" +
+                          accel::ISA_NAMES[int(accel::highest_isa())] + "'");
+  }, py::arg("name"), "Run the CPU kernels at another level, to test or compare it; process-wide.");
 }

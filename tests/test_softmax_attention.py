@@ -993,13 +993,14 @@ LEAKS = {
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("tensor", ["q", "k", "v"])
 @pytest.mark.parametrize("name", LEAKS)
-def test_what_is_not_finite_reaches_only_who_may_see_it(name, tensor, value, backend):
+def test_what_is_not_finite_reaches_only_who_may_see_it(name, tensor, value, dtype, backend):
     B, T, S, arguments = LEAKS[name]
     seen = rule_seen(arguments, B, T, S)
-    tensors = {n: t.float() for n, t in zip("qkv", drawn(T, S, B=B, E=8), strict=True)}
+    tensors = {n: t.to(dtype) for n, t in zip("qkv", drawn(T, S, B=B, E=8), strict=True)}
     available(backend, tensors, arguments)
     bias = {"alibi_slopes": torch.tensor([0.1, 0.2])} if name != "dense" else {}
     clean = testing.run(accel.softmax_attention, {**tensors, **bias}, arguments, backend, "qkv")
@@ -1120,7 +1121,7 @@ def test_memory_is_linear_in_the_tokens(rule):
     assert peak < square / 4, f"{peak:.1f} MiB where one T·S tensor has {square:.0f}"
 
 
-LEVELS = ["portable", "avx2", "avx512"]
+LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -1132,8 +1133,8 @@ def test_every_instruction_set(level, name):
     available("cpu", tensors, kwargs)
     extension = dispatch.leaf("accel._C")[0]
     info = extension.build_info()
-    if level not in info["isa_built"] or LEVELS.index(level) > LEVELS.index(info["isa_best"]):
-        pytest.skip(f"built for {info['isa_built']}, and this processor has {info['isa_best']}")
+    if level not in info["isa_built"] or LEVELS.index(level) > LEVELS.index(info["isa_highest"]):
+        pytest.skip(f"built for {info['isa_built']}, and this processor has {info['isa_highest']}")
     extension.set_isa(level)
     try:
         assert extension.build_info()["isa"] == level

@@ -1,4 +1,4 @@
-// Small matrix products on packed fp32 operands, one micro-kernel for every product of an attention core.
+// Small matrix products on packed operands, one micro-kernel for every product of an attention core.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,9 @@ namespace accel::ACCEL_ISA {
 // C (M × nv·W) = [init +] A (M × K) · B (K × nv·W). A is read element by element with any strides, so a transposed
 // A costs nothing; B and C are row-major in whole vectors. init, if not null, has C's shape and row stride ldi; it
 // may be C itself, which accumulates.
+//
+// With PAIRS the words of A and B are pairs of bf16 whose products are added up: K counts pairs, sizes and strides count
+// words, C and init stay fp32, and C = [init +] mul · A·B.
 struct Gemm {
   const float* a;
   int64_t row_a, col_a;
@@ -20,6 +23,7 @@ struct Gemm {
   const float* init;
   int64_t ldi;
   int K;
+  float mul = 1.0f;  // only with PAIRS, whose operands cannot take a factor without rounding again
 };
 
 // Registers hold MR × NV accumulators beside NV vectors of B and one of A.
@@ -31,7 +35,22 @@ constexpr int MAX_NV = 2;
 constexpr int max_rows(int nv) { return nv == 2 ? 6 : 10; }
 #endif
 
-template <int MR, int NV>
+// acc + a · b, a one word in every lane.
+template <bool PAIRS>
+inline vf multiply_add(vf acc, const float* a, vf b) {
+#if defined(__AVX512BF16__)
+  if constexpr (PAIRS) {
+    int32_t word;
+    std::memcpy(&word, a, 4);
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
+                                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)),
+                                                 reinterpret_cast<__m512bh>(b)));
+  }
+#endif
+  return acc + splat(*a) * b;
+}
+
+template <bool PAIRS, int MR, int NV>
 inline void micro(const Gemm& g, int64_t row, int64_t col) {
   const float* a = g.a + row * g.row_a;
   const float* b = g.b + col;
@@ -39,56 +58,61 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[m][v] = g.init ? load(g.init + (row + m) * g.ldi + col + v * W) : vf{};
+    for (int v = 0; v < NV; ++v) acc[m][v] = g.init && !PAIRS ? load(g.init + (row + m) * g.ldi + col + v * W) : vf{};
   for (int k = 0; k < g.K; ++k) {
     vf bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) bv[v] = load(b + v * W);
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) {
-      vf av = splat(a[m * g.row_a]);
+    for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] += av * bv[v];
-    }
+      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<PAIRS>(acc[m][v], a + m * g.row_a, bv[v]);
     a += g.col_a;
     b += g.ldb;
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(g.c + (row + m) * g.ldc + col + v * W, acc[m][v]);
+    for (int v = 0; v < NV; ++v) {
+      if constexpr (PAIRS) {
+        acc[m][v] *= g.mul;
+        if (g.init) acc[m][v] += load(g.init + (row + m) * g.ldi + col + v * W);
+      }
+      store(g.c + (row + m) * g.ldc + col + v * W, acc[m][v]);
+    }
 }
 
-template <int NV, int MR>
+template <bool PAIRS, int NV, int MR>
 inline void micro_rows(const Gemm& g, int rows, int64_t row, int64_t col) {
   if constexpr (MR > 1) {
-    if (rows < MR) return micro_rows<NV, MR - 1>(g, rows, row, col);
+    if (rows < MR) return micro_rows<PAIRS, NV, MR - 1>(g, rows, row, col);
   }
-  micro<MR, NV>(g, row, col);
+  micro<PAIRS, MR, NV>(g, row, col);
 }
 
 // Rows split evenly: 49 rows as 10 10 10 10 9 keep every tile busy, where 12 12 12 12 1 would end in a slow one.
-template <int NV>
+template <bool PAIRS, int NV>
 inline void panel(const Gemm& g, int M, int64_t col) {
   constexpr int MR = max_rows(NV);
   int tiles = (M + MR - 1) / MR;
   for (int t = 0, row = 0; t < tiles; ++t) {
     int rows = (M - row + tiles - t - 1) / (tiles - t);
-    micro_rows<NV, MR>(g, rows, row, col);
+    micro_rows<PAIRS, NV, MR>(g, rows, row, col);
     row += rows;
   }
 }
 
+template <bool PAIRS = false>
 inline void gemm(const Gemm& g, int M, int nv) {
   int panels = (nv + MAX_NV - 1) / MAX_NV;
   for (int p = 0, v = 0; p < panels; ++p) {
     int width = (nv - v + panels - p - 1) / (panels - p);
     int64_t col = int64_t(v) * W;
-    if (width == 1) panel<1>(g, M, col);
-    if (width == 2) panel<2>(g, M, col);
+    if (width == 1) panel<PAIRS, 1>(g, M, col);
+    if (width == 2) panel<PAIRS, 2>(g, M, col);
     if constexpr (MAX_NV >= 4) {
-      if (width == 3) panel<3>(g, M, col);
-      if (width == 4) panel<4>(g, M, col);
+      if (width == 3) panel<PAIRS, 3>(g, M, col);
+      if (width == 4) panel<PAIRS, 4>(g, M, col);
     }
     v += width;
   }

@@ -55,11 +55,16 @@ inline vf load(const bf16* p) {
 }
 
 inline void store(bf16* p, vf x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
+#else
   vu u = reinterpret_cast<vu>(x);
   vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
   vu nan = reinterpret_cast<vu>(x != x);
   rounded = (rounded & ~nan) | (nan & 0x7fc0u);
   *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(rounded, vh);
+#endif
 }
 
 inline float to_float(float x) { return x; }
@@ -191,7 +196,9 @@ inline void transpose_block(vf* r) {
   if constexpr (S * 2 < W) transpose_block<S * 2>(r);
 }
 
-// dst (cols × ldd) = mul · transpose of src (rows × lds); rows and cols multiples of W.
+// dst (cols × ldd) = [mul ·] transpose of src (rows × lds); rows and cols multiples of W. Without a factor the words
+// may be anything, such as pairs of bf16.
+template <bool SCALED>
 inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, int rows, int cols, float mul) {
   for (int i = 0; i < rows; i += W)
     for (int j = 0; j < cols; j += W) {
@@ -200,9 +207,64 @@ inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, in
       for (int k = 0; k < W; ++k) r[k] = load(src + (i + k) * lds + j);
       transpose_block(r);
 #pragma GCC unroll 16
-      for (int k = 0; k < W; ++k) store(dst + (j + k) * ldd + i, r[k] * mul);
+      for (int k = 0; k < W; ++k) store(dst + (j + k) * ldd + i, SCALED ? r[k] * mul : r[k]);
     }
 }
+inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, int rows, int cols, float mul) {
+  transpose<true>(src, lds, dst, ldd, rows, cols, mul);
+}
+inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, int rows, int cols) {
+  transpose<false>(src, lds, dst, ldd, rows, cols, 1.0f);
+}
+
+// --- pairs of bf16 in a word, for processors that multiply those ---
+
+// dst = two vectors rounded to bf16, one behind the other.
+void store_halves(float* dst, vf first, vf second);
+
+// dst = words of first[i] and second[i], each rounded to bf16.
+void store_mated(float* dst, vf first, vf second);
+
+// Whether none of a word's worth of bf16 in every lane is infinite or a NaN.
+typedef uint16_t vh2 __attribute__((vector_size(W * 4)));
+typedef uint16_t vh2_unaligned __attribute__((vector_size(W * 4), aligned(2), may_alias));
+bool all_finite(vh2 x);
+
+// Mates two rows of n words: dst[2·i], dst[2·i + 1] = the halves of first's word i, each beside that of second's.
+void mate_rows(const float* first, const float* second, float* dst, int n);
+
+#if defined(__AVX512BF16__)
+inline bool all_finite(vh2 x) {
+  const __m512i exponent = _mm512_set1_epi16(0x7f80);
+  return _mm512_cmpeq_epi16_mask(_mm512_and_si512(reinterpret_cast<__m512i>(x), exponent), exponent) == 0;
+}
+
+inline void store_halves(float* dst, vf first, vf second) {
+  const __m512bh x = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+  _mm512_storeu_si512(dst, reinterpret_cast<__m512i>(x));
+}
+
+// Halves i of two operands in turn, from half `from` of each on; the second operand's begin at `second`.
+inline __m512i turns(int from, int second) {
+  alignas(64) uint16_t order[2 * W];
+  for (int i = 0; i < W; ++i) order[2 * i] = uint16_t(from + i), order[2 * i + 1] = uint16_t(second + from + i);
+  return _mm512_load_si512(order);
+}
+
+inline void store_mated(float* dst, vf first, vf second) {
+  const __m512bh x = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
+  _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(turns(0, W), reinterpret_cast<__m512i>(x)));
+}
+
+inline void mate_rows(const float* first, const float* second, float* dst, int n) {
+  const __m512i low = turns(0, 2 * W), high = turns(W, 2 * W);
+  for (int i = 0; i < n; i += W) {
+    const __m512i a = _mm512_loadu_si512(first + i), b = _mm512_loadu_si512(second + i);
+    _mm512_storeu_si512(dst + 2 * i, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(dst + 2 * i + W, _mm512_permutex2var_epi16(a, high, b));
+  }
+}
+#endif
 
 // --- powers and logarithms of two ---
 

@@ -9,6 +9,8 @@ namespace accel::ACCEL_ISA::softmax {
 
 template <typename T>
 class Backward {
+  static constexpr bool PAIRS = IN_PAIRS<T>;
+
  public:
   explicit Backward(const BackwardParams& b)
       : b(b),
@@ -19,6 +21,9 @@ class Backward {
         grad_o(group * p.queries, p.value_dim),
         k(BLOCK_KEYS, p.head_dim),
         v(BLOCK_KEYS, p.value_dim),
+        q_summed(TILE_ROWS, q),
+        grad_o_summed(TILE_ROWS, grad_o),
+        k_summed(BLOCK_KEYS, k),
         tile_ld(spread(BLOCK_KEYS)),
         k_t(int64_t(k.padded) * tile_ld),
         v_t(int64_t(v.padded) * tile_ld),
@@ -53,14 +58,13 @@ class Backward {
 
   // The keys of this task of one kv head.
   void head(int64_t batch, int64_t kv) {
-    const bool capped = p.softcap > 0.0f;
     q.forget();
     grad_o.forget();
     for (int64_t g = 0, row = 0; g < group; ++g)
       for (int64_t i = 0; i < p.queries; ++i, ++row) {
         const int64_t h = kv * group + g, at = (batch * p.heads + h) * p.queries + i;
-        q.pack(row, row_of<T>(p.q, batch, h, i), capped ? p.scale : p.scale * LOG2_E);
-        grad_o.pack(row, row_of<T>(b.grad_out, batch, h, i), 1.0f);
+        pack_row<T>(q, row, row_of<T>(p.q, batch, h, i), logits.factor());
+        pack_row<T>(grad_o, row, row_of<T>(b.grad_out, batch, h, i), 1.0f);
         grad_q.clear(row);
         top[row] = p.lse[at] == NEG_INF ? std::numeric_limits<float>::infinity() : p.lse[at] * LOG2_E;
       }
@@ -83,8 +87,9 @@ class Backward {
   void block(int64_t batch, int64_t kv, int64_t first, int count) {
     pack_block<T>(k, p.k, batch, kv, first, count);
     pack_block<T>(v, p.v, batch, kv, first, count);
-    transpose(k.at(0), k.ld, k_t, tile_ld, vectors(count), k.padded, 1.0f);
-    transpose(v.at(0), v.ld, v_t, tile_ld, vectors(count), v.padded, 1.0f);
+    transpose(k.at(0), k.ld, k_t, tile_ld, vectors(count), k.padded);
+    transpose(v.at(0), v.ld, v_t, tile_ld, vectors(count), v.padded);
+    k_summed.take(k, 0, vectors(count));
     for (int j = 0; j < vectors(count); ++j) {
       grad_k.clear(j);
       grad_v.clear(j);
@@ -95,8 +100,8 @@ class Backward {
         const Span span = meet(tile, first, count);
         if (!span.empty()) step(batch, kv * group + g, g * p.queries + tile.query, tile, first, span);
       }
-    // q was packed with scale · log2(e), or with the scale where a softcap keeps natural units
-    const float factor = p.softcap > 0.0f ? 1.0f : LN_2;
+    // fp32 words of q were packed with scale · log2(e), or with the scale where a softcap keeps natural units
+    const float factor = PAIRS ? p.scale : p.softcap > 0.0f ? 1.0f : LN_2;
     for (int j = 0; j < count; ++j) {
       store_row(const_cast<T*>(row_of<T>(b.grad_k, batch, kv, first + j)), grad_k.at(j), p.head_dim, factor);
       store_row(const_cast<T*>(row_of<T>(b.grad_v, batch, kv, first + j)), grad_v.at(j), p.value_dim, 1.0f);
@@ -107,8 +112,8 @@ class Backward {
     const int n = tile.count, width = s.to - s.from;
     logits.compute(q, row, k, k_t, tile_ld, batch, h, tile, first, s);
     logits.find_spoiled(&grad_o, row, v, n, s);
-    gemm({grad_o.at(row), grad_o.ld, 1, v_t + s.from, tile_ld, grad_s + s.from, tile_ld, nullptr, 0, p.value_dim}, n,
-         width / W);
+    gemm<PAIRS>({grad_o.at(row), grad_o.ld, 1, v_t + s.from, tile_ld, grad_s + s.from, tile_ld, nullptr, 0, v.words}, n,
+                width / W);
     const float* delta = b.delta + (batch * p.heads + h) * p.queries + tile.query;
     for (int i = 0; i < n; ++i) {
       float* weight = logits.x + int64_t(i) * logits.ld;
@@ -131,14 +136,14 @@ class Backward {
           const vf g = load(grad), slope = load(logits.slope() + int64_t(i) * logits.ld + j);
           store(grad, g == 0.0f ? g : g * slope);  // of a pair that is not seen, the slope may be anything
         }
-    const float* weight = logits.x + s.from;
-    const float* grad = grad_s + s.from;
-    gemm({weight, 1, logits.ld, grad_o.at(row), grad_o.ld, grad_v.at(s.from), grad_v.ld, grad_v.at(s.from), grad_v.ld, n},
-         width, grad_v.padded / W);
-    gemm({grad, 1, tile_ld, q.at(row), q.ld, grad_k.at(s.from), grad_k.ld, grad_k.at(s.from), grad_k.ld, n}, width,
-         grad_k.padded / W);
-    gemm({grad, tile_ld, 1, k.at(s.from), k.ld, grad_q.at(row), grad_q.ld, grad_q.at(row), grad_q.ld, width}, n,
-         grad_q.padded / W);
+    turned.take(logits.x, logits.ld, n, s);
+    grad_o_summed.take(grad_o, row, n);
+    gemm<PAIRS>(turned.times(grad_o_summed, grad_v.at(s.from), grad_v.ld), width, grad_v.padded / W);
+    turned.take(grad_s, tile_ld, n, s);
+    q_summed.take(q, row, n);
+    gemm<PAIRS>(turned.times(q_summed, grad_k.at(s.from), grad_k.ld), width, grad_k.padded / W);
+    weights.take(grad_s, tile_ld, n, s);
+    gemm<PAIRS>(weights.times(k_summed, s, grad_q.at(row), grad_q.ld), n, grad_q.padded / W);
   }
 
   // Logits to weights, dp to ds; where the logit is −∞ both are 0, whatever stands in top, dp and delta.
@@ -214,10 +219,13 @@ class Backward {
   const Params& p;
   const int64_t group;
   Logits logits;
-  Rows q, grad_o, k, v;
+  Rows<PAIRS> q, grad_o, k, v;
+  Summed<PAIRS> q_summed, grad_o_summed, k_summed;
+  TurnedWeights<PAIRS> turned;
+  Weights<PAIRS> weights;
   const int tile_ld;
   Buffer k_t, v_t, grad_s, kept;
-  Rows grad_q, grad_k, grad_v;
+  Rows<> grad_q, grad_k, grad_v;
   Buffer top;  // log-sum-exp in units of log2(e); +∞ for rows that see nothing, whose weights are then 0
   int64_t key_run = 0, part = 0;
 };

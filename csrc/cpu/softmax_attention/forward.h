@@ -9,14 +9,18 @@ constexpr int FEW_ROWS = 4;  // of a task: decoding one token, also with a few q
 
 template <typename T>
 class Forward {
+  static constexpr bool PAIRS = IN_PAIRS<T>;
+
  public:
   explicit Forward(const Params& p)
       : p(p),
         logits(p),
         group(p.heads / p.kv_heads),
         q(p.chunk_tiles * TILE_ROWS, p.head_dim),
+        q_few(FEW_ROWS, p.head_dim),
         k(BLOCK_KEYS, p.head_dim),
         v(BLOCK_KEYS, p.value_dim),
+        v_summed(BLOCK_KEYS, v),
         k_ld(spread(BLOCK_KEYS)),
         k_t(int64_t(k.padded) * k_ld),
         out(p.chunk_tiles * TILE_ROWS, p.value_dim),
@@ -38,17 +42,23 @@ class Forward {
 
   void chunk(int64_t b, int64_t kv, int64_t index) {
     const int64_t first = p.chunk_edges[index], end = p.chunk_edges[index + 1];
-    const float factor = p.softcap > 0.0f ? p.scale : p.scale * LOG2_E;
     int low = int(p.keys), high = 0, rows = 0;
+    for (int64_t n = first; n < end; ++n) rows += tile_of(b, n).count;
+    const bool few = rows <= FEW_ROWS;
     q.forget();
-    for (int64_t n = first; n < end; ++n) {
+    q_few.forget();
+    for (int64_t n = first, packed = 0; n < end; ++n) {
       const Tile& tile = tile_of(b, n);
       const int64_t row = (n - first) * TILE_ROWS;
       for (int i = 0; i < tile.count; ++i) {
-        q.pack(row + i, row_of<T>(p.q, b, head_of(kv, n), tile.query + i), factor);
+        const T* src = row_of<T>(p.q, b, head_of(kv, n), tile.query + i);
+        if (few) {
+          q_few.pack(packed++, src, logits.factor());
+        } else {
+          pack_row<T>(q, row + i, src, logits.factor());
+        }
         out.clear(row + i);
       }
-      rows += tile.count;
       std::fill_n(top + row, TILE_ROWS, NEG_INF);
       std::fill_n(total + row, TILE_ROWS, 0.0f);
       for (int i = 0; i < 2; ++i)
@@ -57,18 +67,22 @@ class Forward {
     for (int64_t block = low; block < high; block += BLOCK_KEYS) {
       const int count = int(std::min<int64_t>(BLOCK_KEYS, p.keys - block));
       bool packed = false;
+      int few_row = 0;
       for (int64_t n = first; n < end; ++n) {
         const Tile& tile = tile_of(b, n);
+        const int before = few_row;
+        few_row += tile.count;
         const Span span = meet(tile, block, count);
         if (span.empty()) continue;
-        if (rows <= FEW_ROWS) {
-          step_few(b, kv, head_of(kv, n), tile, (n - first) * TILE_ROWS, block, span);
+        if (few) {
+          step_few(b, kv, head_of(kv, n), tile, before, (n - first) * TILE_ROWS, block, span);
           continue;
         }
         if (!packed) {
           pack_block<T>(k, p.k, b, kv, block, count);
-          transpose(k.at(0), k.ld, k_t, k_ld, vectors(count), k.padded, 1.0f);
+          transpose(k.at(0), k.ld, k_t, k_ld, vectors(count), k.padded);
           pack_block<T>(v, p.v, b, kv, block, count);
+          v_summed.take(v, 0, vectors(count));
           packed = true;
         }
         step(b, head_of(kv, n), tile, (n - first) * TILE_ROWS, block, span);
@@ -79,16 +93,23 @@ class Forward {
 
   void step(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
     logits.compute(q, row, k, k_t, k_ld, b, h, tile, block, s);
-    logits.find_spoiled(nullptr, 0, v, tile.count, s);
-    weigh_tile(b, h, tile, row, block, s);
-    logits.spoil_pairs(logits.x);
-    gemm({logits.x + s.from, logits.ld, 1, v.at(s.from), v.ld, out.at(row), out.ld, out.at(row), out.ld, s.to - s.from},
-         tile.count, out.padded / W);
+    logits.template find_spoiled<PAIRS>(nullptr, 0, v, tile.count, s);
+    if (PAIRS && !p.dropout && !logits.any_spoiled()) {
+      weights.begin(s);
+      for (int i = 0; i < tile.count; ++i)
+        weigh(logits.x + int64_t(i) * logits.ld, row + i, s, [&](auto weight) { weights.fill_row(i, s, weight); });
+    } else {
+      weigh_tile(b, h, tile, row, block, s);
+      logits.spoil_pairs(logits.x);
+      weights.take(logits.x, logits.ld, tile.count, s);
+    }
+    gemm<PAIRS>(weights.times(v_summed, s, out.at(row), out.ld), tile.count, out.padded / W);
   }
 
   // Keys and values read where they lie; a value of weight 0 is not touched.
-  void step_few(int64_t b, int64_t kv, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
-    logits.template compute_few<T>(q, row, kv, b, h, tile, block, s);
+  void step_few(int64_t b, int64_t kv, int64_t h, const Tile& tile, int64_t q_row, int64_t row, int64_t block,
+                const Span& s) {
+    logits.template compute_few<T>(q_few, q_row, kv, b, h, tile, block, s);
     weigh_tile(b, h, tile, row, block, s);
     for (int i = 0; i < tile.count; ++i) {
       const float* weight = logits.x + int64_t(i) * logits.ld;
@@ -105,31 +126,41 @@ class Forward {
   }
 
   void weigh_tile(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
-    for (int i = 0; i < tile.count; ++i) weigh(logits.x + int64_t(i) * logits.ld, row + i, s);
+    for (int i = 0; i < tile.count; ++i) {
+      float* x = logits.x + int64_t(i) * logits.ld;
+      weigh(x, row + i, s, [&](auto weight) {
+        for (int j = s.from; j < s.to; j += W) store(x + j, weight(j));
+      });
+    }
     if (!p.dropout) return;
     for (int i = 0; i < tile.count; ++i)
       for (int j = s.live_from; j < s.live_to; ++j)
         logits.x[int64_t(i) * logits.ld + j] *= logits.keep(b, h, tile.query + i, block + j);
   }
 
-  // Logits of a row to weights 2^(x − top); what was summed so far is brought to the new top.
-  void weigh(float* x, int64_t row, const Span& s) {
-    vf most = load(x + s.from);
-    for (int j = s.from + W; j < s.to; j += W) most = max(load(x + j), most);
+  // Logits of a row to weights 2^(x − top); what was summed so far is brought to the new top. keep(weight) has to call
+  // weight(j) for every vector of the span, once.
+  template <typename Keep>
+  void weigh(const float* x, int64_t row, const Span& s, Keep keep) {
+    vf most = load(x + s.from), other = most;  // two chains, or the maximum's latency would show
+    int j = s.from + W;
+    for (; j + W < s.to; j += 2 * W) most = max(load(x + j), most), other = max(load(x + j + W), other);
+    if (j < s.to) most = max(load(x + j), most);
+    most = max(most, other);
     vf now = max(max_lanes(most), splat(top[row]));
     if (now[0] == NEG_INF) {  // nothing is seen, or nothing but NaN, which a maximum may pass over
       if (std::none_of(x + s.from, x + s.to, [](float y) { return y != y; })) {
-        std::fill(x + s.from, x + s.to, 0.0f);
+        keep([](int) { return vf{}; });
         return;
       }
       now = splat(NOT_A_NUMBER);
     }
     vf sum{};
-    for (int j = s.from; j < s.to; j += W) {
+    keep([&](int j) {
       const vf y = exp2_nonpositive(load(x + j) - now);
-      store(x + j, y);
       sum += y;
-    }
+      return y;
+    });
     if (now[0] != top[row]) {
       const vf shrink = exp2_nonpositive(splat(top[row]) - now);
       total[row] *= shrink[0];
@@ -161,10 +192,14 @@ class Forward {
   const Params& p;
   Logits logits;
   const int64_t group;
-  Rows q, k, v;
+  Rows<PAIRS> q;
+  Rows<> q_few;
+  Rows<PAIRS> k, v;
+  Summed<PAIRS> v_summed;
+  Weights<PAIRS> weights;
   const int k_ld;
   Buffer k_t;
-  Rows out;
+  Rows<> out;
   Buffer top, total;
 };
 

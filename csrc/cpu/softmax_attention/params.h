@@ -97,4 +97,8 @@ namespace accel::avx512::softmax {
 using namespace accel::softmax_attention;
 ACCEL_SOFTMAX_ATTENTION_LEVEL
 }
+namespace accel::avx512_bf16::softmax {
+using namespace accel::softmax_attention;
+ACCEL_SOFTMAX_ATTENTION_LEVEL
+}
 #endif

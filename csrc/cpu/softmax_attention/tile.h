@@ -1,7 +1,7 @@
 // One tile of logits, queries × keys: packing of its operands, biases and masks. Shared by forward and backward.
 //
-// Operands are packed as fp32 rows whose stride is an odd number of cache lines, so that a column of them does not fall
-// into a few sets of the cache. What is not finite is replaced by zero there and remembered, since 0 · NaN would carry
+// Operands are packed as rows of 32-bit words: an fp32 number each or, where the processor multiplies those, a pair of
+// bf16. Their stride is an odd number of cache lines, so that a column does not fall into a few sets of the cache. What is not finite is replaced by zero there and remembered, since 0 · NaN would carry
 // it to queries that may not see it; pairs that may see it are made NaN instead.
 #pragma once
 
@@ -9,6 +9,7 @@
 
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -30,32 +31,70 @@ inline int spread(int n) {
 
 inline int vectors(int n) { return int(round_up(n, W)); }
 
-// Rows of one operand in fp32, with a note of those that held something not finite.
+// Whether products of T are made of pairs of bf16. fp16 has three bits more than those and goes to fp32.
+#if defined(__AVX512BF16__)
+template <typename T>
+constexpr bool IN_PAIRS = std::is_same_v<T, bf16>;
+#else
+template <typename T>
+constexpr bool IN_PAIRS = false;
+#endif
+
+// Rows of one operand, with a note of those that held something not finite. In PAIRS a word holds two neighbours of a
+// row and nothing is rounded, so that a factor has to wait for the product.
+template <bool PAIRS = false>
 class Rows {
  public:
-  Rows(int64_t rows, int size) : size(size), padded(vectors(size)), ld(spread(size)), data_(rows * ld), bad_(size_t(rows)) {}
+  Rows(int64_t rows, int size)
+      : words(PAIRS ? (size + 1) / 2 : size),
+        padded(vectors(words)),
+        ld(spread(words)),
+        size_(size),
+        data_(rows * ld),
+        bad_(size_t(rows)) {}
 
   template <typename T>
   void pack(int64_t row, const T* src, float mul) {
     float* dst = at(row);
     vf check{};  // 0 · x is NaN for what is not finite
     int d = 0;
-    for (; d + W <= size; d += W) {
+    for (; d + W <= size_; d += W) {
       const vf x = load(src + d);
       check += x * 0.0f;
       store(dst + d, x * mul);
     }
-    if (d < size) {
-      load_row(src + d, dst + d, size - d, W);
+    if (d < size_) {
+      load_row(src + d, dst + d, size_ - d, W);
       check += load(dst + d) * 0.0f;
       store(dst + d, load(dst + d) * mul);
     }
-    const bool bad = !(sum_lanes(check)[0] == 0.0f);
-    bad_[size_t(row)] = bad;
-    if (bad) {
-      any_bad_ = true;
+    if (!(sum_lanes(check)[0] == 0.0f)) {
+      mark(row);
       for (int d = 0; d < padded; ++d)
         if (!std::isfinite(dst[d])) dst[d] = 0.0f;
+    }
+  }
+
+  void pack_pairs(int64_t row, const bf16* src) {
+    bf16* dst = reinterpret_cast<bf16*>(at(row));
+    bool finite = true;
+    int d = 0;
+    for (; d + 2 * W <= size_; d += 2 * W) {
+      const vh2 x = *reinterpret_cast<const vh2_unaligned*>(src + d);
+      *reinterpret_cast<vh2_unaligned*>(dst + d) = x;
+      finite &= all_finite(x);
+    }
+    if (d < 2 * padded) {
+      for (; d < size_; ++d) {
+        dst[d] = src[d];
+        finite &= bool(std::isfinite(to_float(src[d])));
+      }
+      std::memset(dst + size_, 0, size_t(2 * padded - size_) * sizeof(bf16));
+    }
+    if (!finite) {
+      mark(row);
+      for (int d = 0; d < size_; ++d)
+        if (!std::isfinite(to_float(dst[d]))) dst[d] = bf16{0};
     }
   }
 
@@ -64,14 +103,23 @@ class Rows {
     bad_[size_t(row)] = false;
   }
 
-  void forget() { any_bad_ = false; }
+  void forget() {
+    if (any_bad_) std::fill(bad_.begin(), bad_.end(), 0);
+    any_bad_ = false;
+  }
   float* at(int64_t row) const { return data_ + row * ld; }
   bool bad(int64_t row) const { return bad_[size_t(row)]; }
   bool any_bad() const { return any_bad_; }
 
-  const int size, padded, ld;
+  const int words, padded, ld;
 
  private:
+  void mark(int64_t row) {
+    bad_[size_t(row)] = true;
+    any_bad_ = true;
+  }
+
+  const int size_;
   Buffer data_;
   std::vector<char> bad_;
   bool any_bad_ = false;
@@ -82,13 +130,51 @@ const T* row_of(const Strided& x, int64_t b, int64_t h, int64_t t) {
   return static_cast<const T*>(x.data) + b * x.batch + h * x.head + t * x.token;
 }
 
+// One row of T as IN_PAIRS<T> has it; `mul` is for fp32 words alone.
+template <typename T>
+void pack_row(Rows<IN_PAIRS<T>>& rows, int64_t row, const T* src, float mul) {
+  if constexpr (IN_PAIRS<T>) {
+    rows.pack_pairs(row, src);
+  } else {
+    rows.pack(row, src, mul);
+  }
+}
+
 // The keys of one block: rows [first, first + count), then zeros up to whole vectors.
 template <typename T>
-void pack_block(Rows& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
+void pack_block(Rows<IN_PAIRS<T>>& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
   rows.forget();
-  for (int j = 0; j < count; ++j) rows.pack(j, row_of<T>(x, b, h, first + j), 1.0f);
+  for (int j = 0; j < count; ++j) pack_row<T>(rows, j, row_of<T>(x, b, h, first + j), 1.0f);
   for (int j = count; j < vectors(count); ++j) rows.clear(j);
 }
+
+// Rows in the form of a product's second operand, which is added up over them. As they lie in fp32; in pairs, a word
+// holds the same column of two neighbouring rows.
+template <bool PAIRS>
+class Summed {
+ public:
+  Summed(int64_t rows, const Rows<PAIRS>& like)
+      : ld(PAIRS ? spread(2 * like.padded) : like.ld), data_(PAIRS ? (rows + 1) / 2 * ld : 0) {}
+
+  // Rows [from, from + count) of `rows`. An odd last one is its own mate: the first operand has a zero there.
+  void take(const Rows<PAIRS>& rows, int64_t from, int count) {
+    if constexpr (PAIRS) {
+      for (int i = 0; i < count; i += 2)
+        mate_rows(rows.at(from + i), rows.at(from + std::min(i + 1, count - 1)), data_ + i / 2 * ld, rows.padded);
+    } else {
+      source_ = rows.at(from);
+    }
+  }
+
+  // From row `row`, even in pairs.
+  const float* at(int64_t row) const { return PAIRS ? data_ + row / 2 * ld : source_ + row * ld; }
+
+  const int ld;
+
+ private:
+  Buffer data_;
+  const float* source_ = nullptr;
+};
 
 // tanh, relative error below 4e-7.
 inline vf tanh(vf x) {
@@ -114,16 +200,16 @@ inline vi lanes() {
 }
 
 // Where a tile meets a block of keys: columns [from, to) of the block in whole vectors, of which some row sees
-// [live_from, live_to).
+// [live_from, live_to) and every row [shared_from, shared_to).
 struct Span {
-  int from, to, live_from, live_to;
+  int from, to, live_from, live_to, shared_from, shared_to;
   bool whole;  // every row sees every column
   bool empty() const { return live_from >= live_to; }
 };
 
 inline Span meet(const Tile& tile, int64_t block, int count) {
   const int first = int(block), end = int(block) + count;
-  Span s{0, 0, count, 0, false};
+  Span s{0, 0, count, 0, 0, 0, false};
   for (int i = 0; i < 2; ++i) {
     const int a = std::max(tile.first[i], first), b = std::min(tile.end[i], end);
     if (a >= b) continue;
@@ -133,14 +219,94 @@ inline Span meet(const Tile& tile, int64_t block, int count) {
   if (s.empty()) return s;
   s.from = s.live_from / W * W;
   s.to = vectors(s.live_to);
-  for (int i = 0; i < 2; ++i)
-    s.whole |= tile.all_first[i] <= first + s.from && first + s.to <= tile.all_end[i];
+  for (int i = 0; i < 2; ++i) {  // the wider of the two parts that all rows see
+    const int a = std::max(vectors(tile.all_first[i] - first), s.from), b = std::min((tile.all_end[i] - first) / W * W, s.to);
+    if (b - a > s.shared_to - s.shared_from) s.shared_from = a, s.shared_to = b;
+  }
+  if (s.shared_from == s.shared_to) s.shared_from = s.shared_to = s.from;
+  s.whole = s.shared_from == s.from && s.shared_to == s.to;
   return s;
 }
 
 // Where one query's keys lie.
 struct Seen {
   int first0, end0, first1, end1, shift;
+};
+
+// A tile of fp32 numbers as the first operand of a product: with a word for each, or rounded to pairs of bf16.
+template <bool PAIRS>
+class Weights {
+ public:
+  Weights() : ld_(PAIRS ? spread(BLOCK_KEYS / 2) : 0), data_(int64_t(TILE_ROWS) * ld_) {}
+
+  // Columns [s.from, s.to) of `rows` rows of x, to be added up over the columns.
+  void take(const float* x, int ld, int rows, const Span& s) {
+    if constexpr (PAIRS) {
+      begin(s);
+      for (int i = 0; i < rows; ++i) fill_row(i, s, [&](int j) { return load(x + int64_t(i) * ld + j); });
+    } else {
+      at_ = x + s.from, row_ = ld;
+    }
+  }
+
+  // The same of the rows that follow, row by row through fill_row; only in pairs.
+  void begin(const Span& s) { at_ = data_ + s.from / 2, row_ = ld_; }
+
+  // f(j) makes the vector at column j.
+  template <typename F>
+  void fill_row(int row, const Span& s, F f) {
+    float* dst = data_ + int64_t(row) * ld_;
+    int j = s.from;
+    for (; j + 2 * W <= s.to; j += 2 * W) {
+      const vf first = f(j);
+      store_halves(dst + j / 2, first, f(j + W));
+    }
+    if (j < s.to) store_halves(dst + j / 2, f(j), vf{});
+  }
+
+  // rows × (to − from) times as many of b.
+  Gemm times(const Summed<PAIRS>& b, const Span& s, float* c, int ldc) const {
+    const int words = PAIRS ? (s.to - s.from) / 2 : s.to - s.from;
+    return {at_, row_, 1, b.at(s.from), b.ld, c, ldc, c, ldc, words};
+  }
+
+ private:
+  const int ld_;
+  Buffer data_;
+  const float* at_ = nullptr;
+  int row_ = 0;
+};
+
+// The same turned round, to be added up over its rows.
+template <bool PAIRS>
+class TurnedWeights {
+ public:
+  TurnedWeights() : ld_(PAIRS ? spread(BLOCK_KEYS) : 0), data_(int64_t(TILE_ROWS + 1) / 2 * ld_) {}
+
+  void take(const float* x, int ld, int rows, const Span& s) {
+    rows_ = rows;
+    if constexpr (PAIRS) {
+      for (int i = 0; i < rows; i += 2)
+        for (int j = s.from; j < s.to; j += W) {
+          const float* at = x + int64_t(i) * ld + j;
+          store_mated(data_ + i / 2 * ld_ + j, load(at), i + 1 < rows ? load(at + ld) : vf{});
+        }
+      at_ = data_ + s.from, col_ = ld_;
+    } else {
+      at_ = x + s.from, col_ = ld;
+    }
+  }
+
+  // (to − from) × rows times as many of b.
+  Gemm times(const Summed<PAIRS>& b, float* c, int ldc) const {
+    return {at_, 1, col_, b.at(0), b.ld, c, ldc, c, ldc, PAIRS ? (rows_ + 1) / 2 : rows_};
+  }
+
+ private:
+  const int ld_;
+  Buffer data_;
+  const float* at_ = nullptr;
+  int col_ = 0, rows_ = 0;
 };
 
 // The logits of tiles, in units of log2(e).
@@ -152,6 +318,7 @@ class Logits {
         x(int64_t(TILE_ROWS) * ld),
         unit(p.softcap > 0.0f ? 1.0f : LOG2_E),
         filled_(p.bias || p.table),
+        factor_(p.softcap > 0.0f ? p.scale : p.scale * LOG2_E),
         init_(filled_ ? int64_t(TILE_ROWS) * ld : 0),
         slope_(p.softcap > 0.0f ? int64_t(TILE_ROWS) * ld : 0) {}
 
@@ -161,19 +328,24 @@ class Logits {
     return {r[0], r[1], r[2], r[3], r[4]};
   }
 
+  // What q·k is multiplied by before a bias is added: queries in fp32 take it when they are packed.
+  float factor() const { return factor_; }
+
   // x = logits of the tile's queries (packed rows from q on) and the span's keys; −∞ where a query may not see a key.
-  void compute(const Rows& q, int64_t q_row, const Rows& k, const float* k_t, int k_ld, int64_t b, int64_t h,
-               const Tile& tile, int64_t block, const Span& s) {
+  template <bool PAIRS>
+  void compute(const Rows<PAIRS>& q, int64_t q_row, const Rows<PAIRS>& k, const float* k_t, int k_ld, int64_t b,
+               int64_t h, const Tile& tile, int64_t block, const Span& s) {
     const Init init = find_init(b, h, tile, block, s);
-    Gemm g{q.at(q_row), q.ld, 1, k_t + s.from, k_ld, x + s.from, ld, capped() ? nullptr : init.at, init.ld, q.size};
-    gemm(g, tile.count, (s.to - s.from) / W);
+    const float* add = capped() ? nullptr : init.at;
+    gemm<PAIRS>({q.at(q_row), q.ld, 1, k_t + s.from, k_ld, x + s.from, ld, add, init.ld, q.words, factor_}, tile.count,
+                (s.to - s.from) / W);
     if (q.any_bad() || k.any_bad()) spoil(q, q_row, k, tile.count, s);
     finish(b, h, tile, block, s, init);
   }
 
   // The same for a few queries, where packing the keys would cost more than the products.
   template <typename T>
-  void compute_few(const Rows& q, int64_t q_row, int64_t kv, int64_t b, int64_t h, const Tile& tile, int64_t block,
+  void compute_few(const Rows<>& q, int64_t q_row, int64_t kv, int64_t b, int64_t h, const Tile& tile, int64_t block,
                    const Span& s) {
     const Init init = find_init(b, h, tile, block, s);
     const bool add = init.at && !capped();
@@ -189,7 +361,8 @@ class Logits {
   }
 
   // Pairs that may see a row of `keys` or `queries` that was not finite; call it before weights replace the logits.
-  void find_spoiled(const Rows* queries, int64_t q_row, const Rows& keys, int count, const Span& s) {
+  template <bool PAIRS>
+  void find_spoiled(const Rows<PAIRS>* queries, int64_t q_row, const Rows<PAIRS>& keys, int count, const Span& s) {
     spoiled_.clear();
     if (!keys.any_bad() && !(queries && queries->any_bad())) return;
     for (int i = 0; i < count; ++i)
@@ -197,6 +370,7 @@ class Logits {
         if ((keys.bad(j) || (queries && queries->bad(q_row + i))) && !(x[int64_t(i) * ld + j] == NEG_INF))
           spoiled_.push_back(int64_t(i) * ld + j);
   }
+  bool any_spoiled() const { return !spoiled_.empty(); }
   void spoil_pairs(float* tile) const {
     for (int64_t at : spoiled_) tile[at] = NOT_A_NUMBER;
   }
@@ -324,11 +498,15 @@ class Logits {
       const int first = int(block) + s.from, end = int(block) + s.to;
       if ((r.first0 <= first && end <= r.end0) || (r.first1 <= first && end <= r.end1)) continue;
       float* row = x + int64_t(i) * ld;
-      for (int j = s.from; j < s.to; j += W) {
-        const vi at = lanes() + int(block + j);
-        const vi in = ((at >= r.first0) & (at < r.end0)) | ((at >= r.first1) & (at < r.end1));
-        store(row + j, in ? load(row + j) : none);
-      }
+      const auto restrict_to = [&](int from, int to) {
+        for (int j = from; j < to; j += W) {
+          const vi at = lanes() + int(block + j);
+          const vi in = ((at >= r.first0) & (at < r.end0)) | ((at >= r.first1) & (at < r.end1));
+          store(row + j, in ? load(row + j) : none);
+        }
+      };
+      restrict_to(s.from, s.shared_from);
+      restrict_to(s.shared_to, s.to);
     }
   }
 
@@ -342,7 +520,8 @@ class Logits {
     }
   }
 
-  void spoil(const Rows& q, int64_t q_row, const Rows& k, int count, const Span& s) {
+  template <bool PAIRS>
+  void spoil(const Rows<PAIRS>& q, int64_t q_row, const Rows<PAIRS>& k, int count, const Span& s) {
     for (int i = 0; i < count; ++i)
       for (int j = s.from; j < s.to; ++j)
         if (q.bad(q_row + i) || k.bad(j)) x[int64_t(i) * ld + j] = NOT_A_NUMBER;
@@ -383,6 +562,7 @@ class Logits {
  private:
   const float unit;
   const bool filled_;
+  const float factor_;
   Buffer init_;   // bias of the tile
   Buffer slope_;  // 1 − tanh²
   std::vector<int64_t> spoiled_;

@@ -68,4 +68,8 @@ namespace accel::avx512 {
 using namespace accel::window_attention;
 ACCEL_WINDOW_ATTENTION_LEVEL
 }
+namespace accel::avx512_bf16 {
+using namespace accel::window_attention;
+ACCEL_WINDOW_ATTENTION_LEVEL
+}
 #endif
