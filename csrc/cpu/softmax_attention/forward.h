@@ -16,16 +16,16 @@ class Forward {
       : p(p),
         logits(p),
         group(p.heads / p.kv_heads),
-        q(p.chunk_tiles * TILE_ROWS, p.head_dim),
+        q(p.chunk_tiles * p.tile_rows, p.head_dim),
         q_few(FEW_ROWS, p.head_dim),
         k(BLOCK_KEYS, p.head_dim),
         v(BLOCK_KEYS, p.value_dim),
         v_summed(BLOCK_KEYS, v),
         k_ld(spread(BLOCK_KEYS)),
         k_t(int64_t(k.padded) * k_ld),
-        out(p.chunk_tiles * TILE_ROWS, p.value_dim),
-        top(p.chunk_tiles * TILE_ROWS),
-        total(p.chunk_tiles * TILE_ROWS) {}
+        out(p.chunk_tiles * p.tile_rows, p.value_dim),
+        top(p.chunk_tiles * p.tile_rows),
+        total(p.chunk_tiles * p.tile_rows) {}
 
   void run(int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
@@ -49,7 +49,7 @@ class Forward {
     q_few.forget();
     for (int64_t n = first, packed = 0; n < end; ++n) {
       const Tile& tile = tile_of(b, n);
-      const int64_t row = (n - first) * TILE_ROWS;
+      const int64_t row = (n - first) * p.tile_rows;
       for (int i = 0; i < tile.count; ++i) {
         const T* src = row_of<T>(p.q, b, head_of(kv, n), tile.query + i);
         if (few) {
@@ -59,8 +59,8 @@ class Forward {
         }
         out.clear(row + i);
       }
-      std::fill_n(top + row, TILE_ROWS, NEG_INF);
-      std::fill_n(total + row, TILE_ROWS, 0.0f);
+      std::fill_n(top + row, p.tile_rows, NEG_INF);
+      std::fill_n(total + row, p.tile_rows, 0.0f);
       for (int i = 0; i < 2; ++i)
         if (tile.first[i] < tile.end[i]) low = std::min(low, tile.first[i]), high = std::max(high, tile.end[i]);
     }
@@ -75,7 +75,7 @@ class Forward {
         const Span span = meet(tile, block, count);
         if (span.empty()) continue;
         if (few) {
-          step_few(b, kv, head_of(kv, n), tile, before, (n - first) * TILE_ROWS, block, span);
+          step_few(b, kv, head_of(kv, n), tile, before, (n - first) * p.tile_rows, block, span);
           continue;
         }
         if (!packed) {
@@ -85,10 +85,10 @@ class Forward {
           v_summed.take(v, 0, vectors(count));
           packed = true;
         }
-        step(b, head_of(kv, n), tile, (n - first) * TILE_ROWS, block, span);
+        step(b, head_of(kv, n), tile, (n - first) * p.tile_rows, block, span);
       }
     }
-    for (int64_t n = first; n < end; ++n) finish(b, head_of(kv, n), tile_of(b, n), (n - first) * TILE_ROWS);
+    for (int64_t n = first; n < end; ++n) finish(b, head_of(kv, n), tile_of(b, n), (n - first) * p.tile_rows);
   }
 
   void step(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {

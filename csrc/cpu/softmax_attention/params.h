@@ -51,6 +51,7 @@ struct Params {
   const float* sinks;
   const Tile* tiles;  // (B or 1, tile_count)
   int64_t tile_count, tiles_batch;
+  int tile_rows;  // that no tile has more of
   bool dropout;
   uint64_t seed, drop_below;
   float keep_scale;

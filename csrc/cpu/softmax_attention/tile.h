@@ -144,7 +144,12 @@ void pack_row(Rows<IN_PAIRS<T>>& rows, int64_t row, const T* src, float mul) {
 template <typename T>
 void pack_block(Rows<IN_PAIRS<T>>& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
   rows.forget();
-  for (int j = 0; j < count; ++j) pack_row<T>(rows, j, row_of<T>(x, b, h, first + j), 1.0f);
+  for (int j = 0; j < count; ++j) {
+    const T* src = row_of<T>(x, b, h, first + j);
+    const char* ahead = reinterpret_cast<const char*>(src + 16 * x.token);  // packing waits for memory, not for work
+    for (int i = 0; i < rows.words * 4; i += 64) __builtin_prefetch(ahead + i);
+    pack_row<T>(rows, j, src, 1.0f);
+  }
   for (int j = count; j < vectors(count); ++j) rows.clear(j);
 }
 
