@@ -295,6 +295,17 @@ def _make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Tu
     return torch.stack(torch.broadcast_tensors(*bounds, shift.clamp(0, last)), -1).to(torch.int32).contiguous()
 
 
+def _bucket_rows(rule: T5Buckets, table: Tensor, length: int, keys: int) -> Tensor:
+    """The table's row for each element of a line; the same tensor again for the same rule and sizes."""
+
+    def make() -> Tensor:
+        return rule.rows_of(torch.arange(length, device=table.device) - (keys - 1), table.shape[0])
+
+    if not _may_remember(table):
+        return make()
+    return _recent.get_or_make((table.device, rule, table.shape[0], length, keys), make)
+
+
 def distance_bias(
     table: Tensor | None,
     index: BiasIndex | None,
@@ -320,7 +331,7 @@ def distance_bias(
             row = distance + (table.shape[0] - 1) // 2
             row = torch.arange(length, device=device) if packed is None else row.clamp(0, table.shape[0] - 1)
         elif isinstance(index, T5Buckets):
-            row = index.rows_of(distance, table.shape[0])
+            row = _bucket_rows(index, table, length, long_k)
         else:
             assert isinstance(index, Tensor)
             row = index
