@@ -6,6 +6,9 @@ Everything here runs on GPU and CPU, has gradients, and refuses in a sentence wh
 from accel._version import __version__
 from accel.dispatch import explain, use
 from accel.ops._attention_rules import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets
+from accel.ops.deform_attention2d import deform_attention2d
+from accel.ops.deform_conv2d import deform_conv2d
+from accel.ops.ms_deform_attn import ms_deform_attn
 from accel.ops.softmax_attention import softmax_attention
 from accel.ops.window_attention import window_attention
 from accel.packing import pad, unpad
@@ -18,19 +21,25 @@ __all__ = [
     "PrefixLM",
     "T5Buckets",
     "__version__",
+    "deform_attention2d",
+    "deform_conv2d",
     "explain",
+    "ms_deform_attn",
     "nn",
     "pad",
     "patch",
+    "patch_functions",
     "scaled_dot_product_attention",
     "softmax_attention",
     "unpad",
     "unpatch",
+    "unpatch_functions",
     "use",
     "window_attention",
 ]
 
 from accel import integrations, nn
 from accel.patch import patch, unpatch
+from accel.patch_functions import patch_functions, unpatch_functions
 
 integrations.install()

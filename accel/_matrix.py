@@ -25,6 +25,7 @@ def backends() -> str:
 
 
 REGISTRY = "any attention of transformers that goes through `AttentionInterface`"
+FUNCTION = "the function `{}`, with `accel.patch_functions()`"
 FLATTENED = "encoders and decoder-only models of transformers, with `unpad=True`"
 
 
@@ -33,6 +34,8 @@ def replacements() -> str:
     lines = ["| class | method | op |", "|---|---|---|"]
     for entry in patches.TABLE.values():
         lines.append(f"| `{entry.target}` | `{entry.attribute}` | `{entry.op}` |")
+    for function in patches.FUNCTIONS.values():
+        lines.append(f"| {FUNCTION.format(function.target)} | itself | `{function.op}` |")
     lines.append(f"| {REGISTRY} | its configuration | `{transformers_switch.OP}` |")
     lines.append(f"| {FLATTENED} | `{transformers_unpad.Unpadding.attribute}` | `unpad` and `pad` |")
     return "\n".join(lines)

@@ -132,11 +132,7 @@ class PatchReport:
 
     def uncalled(self) -> list[str]:
         """Names of the patched modules whose kernel has never run."""
-        return [
-            row.name
-            for row in self.rows
-            if row.replacement is not None and not row.replacement.calls and not row.replacement.compiled
-        ]
+        return uncalled(self.rows)
 
     def verify(self, *args: Any, **kwargs: Any) -> float:
         """Run ``model(*args, **kwargs)`` without and with the replacements, in eval mode, and compare.
@@ -193,23 +189,32 @@ class PatchReport:
             raise RuntimeError(f"replaced again since they were patched, undo that first: {', '.join(covered)}")
 
     def __str__(self) -> str:
-        counts = {status: sum(row.status == status for row in self.rows) for status in _STATUSES}
-        head = f"{type(self.model).__name__}: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
-        lines = [("module", "class", "op", "backend", "calls", "note")]
-        for row in self.rows:
-            note = [] if row.status == "replaced" else [row.status + (f": {row.reason}" if row.reason else "")]
-            note += [f"{n} calls not served: {reason}" for reason, n in row.fallbacks.items()]
-            if row.replacement is not None and row.replacement.compiled:
-                note.append("compiled")
-            calls = str(row.calls) if row.replacement is not None else "-"
-            name = row.name or "(the model)"
-            lines.append((name, row.old_class, row.op, row.backend or "-", calls, "; ".join(note)))
-        widths = [max(len(line[i]) for line in lines) for i in range(5)] + [0]
-        table = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        return "\n".join([head, *table])
+        return table(type(self.model).__name__, ("module", "class"), self.rows)
 
 
 _STATUSES = ("replaced", "already patched", "would be replaced", "skipped")
+
+
+def uncalled(rows: list[Row]) -> list[str]:
+    return [r.name for r in rows if r.replacement is not None and not r.calls and not r.replacement.compiled]
+
+
+def table(title: str, names: tuple[str, str], rows: list[Row]) -> str:
+    """The rows of a report as text; ``names`` head the first two columns."""
+    counts = {status: sum(row.status == status for row in rows) for status in _STATUSES}
+    head = f"{title}: " + ", ".join(f"{n} {s}" for s, n in counts.items() if n)
+    lines = [(*names, "op", "backend", "calls", "note")]
+    for row in rows:
+        note = [] if row.status == "replaced" else [row.status + (f": {row.reason}" if row.reason else "")]
+        note += [f"{n} calls not served: {reason}" for reason, n in row.fallbacks.items()]
+        if row.replacement is not None and row.replacement.compiled:
+            note.append("compiled")
+        calls = str(row.calls) if row.replacement is not None else "-"
+        name = row.name or "(the model)"
+        lines.append((name, row.old_class, row.op, row.backend or "-", calls, "; ".join(note)))
+    widths = [max(len(line[i]) for line in lines) for i in range(5)] + [0]
+    texts = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([head, *texts])
 
 
 def patch(
@@ -229,14 +234,15 @@ def patch(
     covered by an attribute of the instance. What the kernel would bypass is bypassed only while it is the plain class
     without hooks, adapters or parametrizations, at the time of patching and at every call; otherwise the class's own
     code runs. Copies and pickles of a patched model are patched too. ``torch.nn.DataParallel``, whose replicas share
-    the attributes of an instance, is not supported.
+    the attributes of an instance, is not supported. A function that a model's own code calls is not found here:
+    :func:`accel.patch_functions` replaces it for the whole process.
 
     Models of transformers whose attention goes through its registry are switched to ``"accel"`` there, each attention
     module with a row of its own. While they are patched their configuration is a copy, so that another model with the
     same one is untouched.
 
     Args:
-        model: any module; classes of torch.nn, torchvision, timm, transformers and diffusers are known.
+        model: any module; classes of torch.nn, torchvision, timm, transformers, diffusers and mmcv are known.
         ops: take the replacements of these ops and no others, also such as change numerics by design. None takes all
             that compute the same function.
         skip: modules to leave alone with all they contain: patterns of names (``"features.1*"``) or classes.

@@ -80,6 +80,27 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("sum_grad", torch.float32): Tolerance(6e-6, 6e-5),
     ("sum_grad", torch.float16): Tolerance(1e-3, 4 * _FP16),
     ("sum_grad", torch.bfloat16): Tolerance(8e-3, 4 * _BF16),
+    # sums of bilinear samples. Rounding a position on a map of 40 pixels to fp32 moves a sample, and any gradient, by
+    # 1e-6 of what its neighbours differ: that is the floor in fp32, mean 1.8e-6 and worst row 1.1e-5 for outputs and
+    # gradients alike. In half precision everything is rounded once, at the end: 3.0e-4, 2.5e-3, worst row 1 u. A
+    # gradient of positions is a sum over channels of differences of pixels, with the same floor
+    ("sample", torch.float32): Tolerance(5e-6, 4e-5),
+    ("sample", torch.float16): Tolerance(1e-3, 2 * _FP16),
+    ("sample", torch.bfloat16): Tolerance(6e-3, 2 * _BF16),
+    ("sample_grad", torch.float32): Tolerance(5e-6, 4e-5),
+    ("sample_grad", torch.float16): Tolerance(1e-3, 2 * _FP16),
+    ("sample_grad", torch.bfloat16): Tolerance(6e-3, 2 * _BF16),
+    # products of weights with such samples, fp32 sums over taps and channels. In half precision a sample times its mask
+    # is rounded before the product and the output after it: floor 8.1e-7, 3.2e-4, 2.8e-3, worst row 3.6e-6 and 1.9 u
+    ("deform_conv", torch.float32): Tolerance(3e-6, 1.5e-5),
+    ("deform_conv", torch.float16): Tolerance(1e-3, 4 * _FP16),
+    ("deform_conv", torch.bfloat16): Tolerance(6e-3, 4 * _BF16),
+    # the weight's gradient is made of the rounded samples: 1.4e-6, 4.3e-4, 3.4e-3, worst row 1.6e-5 and 3.8 u. The
+    # others start from the product of weight and upstream gradient; rounded once as well, a sum over channels of its
+    # products with differences of pixels (offset) or samples (mask) has 6.7e-4, 4.4e-3, worst row 4.7 u
+    ("deform_conv_grad", torch.float32): Tolerance(4e-6, 5e-5),
+    ("deform_conv_grad", torch.float16): Tolerance(1.5e-3, 8 * _FP16),
+    ("deform_conv_grad", torch.bfloat16): Tolerance(1e-2, 8 * _BF16),
     # kept in fp32 whatever the inputs; about as large as a logit, so one relative figure serves
     ("lse", torch.float32): Tolerance(1e-6, 1e-5),
     # integers small enough that every product, sum and rounding is exact

@@ -537,6 +537,8 @@ class Goal:
     of our row which is as ``base`` says; ``value`` is a number the benchmark itself reports under the goal's name. All
     but the last are geometric means over the rows.
 
+    ``rival`` may name several, as in ``"conv2d|matmul"``: each row is held against the slowest of them.
+
     ``per`` is what a figure is divided by: the part of it that the work saved explains. ``of`` names whose rows are
     meant where they are not ours.
     """
@@ -579,8 +581,9 @@ def _key(row: Row) -> tuple[str, ...]:
 
 
 def pairs(rows: Sequence[Row], rival: str, of: str = OURS) -> Iterator[tuple[Row, Row]]:
-    """Our row and the rival's of the same case and mode."""
-    rivals = {_key(row): row for row in rows if row.provider == rival}
+    """Our row and the rival's of the same case and mode, the slowest where several are named."""
+    named = [row for row in rows if row.provider in rival.split("|")]
+    rivals = {_key(row): row for row in sorted(named, key=lambda row: row.p50_ms or 0.0)}
     for row in rows:
         if row.provider == of and _key(row) in rivals:
             yield row, rivals[_key(row)]
@@ -624,9 +627,10 @@ def _figures(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[list
     if goal.figure == "growth":
         return _growth(goal, mine, rows), ""
     figures, notes = [], []
-    for row, rival in pairs([*mine, *(r for r in rows if r.provider == goal.rival)], goal.rival, goal.of):
+    theirs = [r for r in rows if r.provider in goal.rival.split("|")]
+    for row, rival in pairs([*mine, *theirs], goal.rival, goal.of):
         if rival.reason:
-            notes.append(f"{goal.rival}: {rival.reason}")
+            notes.append(f"{rival.provider}: {rival.reason}")
         elif goal.figure == "memory" and row.peak_mib and rival.peak_mib:
             figures.append(row.peak_mib / rival.peak_mib)
         elif goal.figure == "speedup" and row.p50_ms and rival.p50_ms:

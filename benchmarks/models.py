@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import accel
+from accel.benchmarks import _detectors
 from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
 from accel.benchmarks._torchvision import allow_import
 from accel.benchmarks.harness import (
@@ -164,6 +166,9 @@ class Model:
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor] = photographs
     trains: bool = True
+    shape: str = f"B{BATCH} {SIZE}×{SIZE}"
+    detects: bool = False
+    """A detector: its outputs are those of its queries, and it runs in fp32, since half precision picks others."""
 
 
 MODELS = (
@@ -171,15 +176,21 @@ MODELS = (
     Model("timm swin_tiny", _timm_swin),
     Model("transformers Swin", _transformers_swin),
     Model("timm vit_small", _timm_vit),
-    Model("transformers BERT, 4 layers of 512", _bert, sentences),
-    Model("transformers T5-small encoder", _t5, sentences, trains=False),
+    Model("transformers BERT, 4 layers of 512", _bert, sentences, shape=f"B{BATCH} T512"),
+    Model("transformers T5-small encoder", _t5, sentences, trains=False, shape=f"B{BATCH} T512"),
+    *(
+        Model(f"transformers {name}", build, _detectors.photograph, trains=False, shape=_detectors.SHAPE, detects=True)
+        for name, build in (("Deformable DETR", _detectors.deformable_detr), ("RT-DETR", _detectors.rt_detr))
+    ),
 )
 
 
 def build(model: Model, seed: int) -> nn.Module:
-    """Random weights, with bias tables large enough that a mistake in them shows in the output."""
+    """Random weights, with bias tables and offsets large enough that a mistake in them shows in the output."""
     torch.manual_seed(seed)
     net = model.build().eval()
+    if model.detects:
+        return _detectors.enliven(net, model.inputs())
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if name.endswith(("relative_position_bias_table", "relative_attention_bias.weight")):
@@ -219,11 +230,14 @@ def _step(net: nn.Module, x: Tensor, labels: Tensor, seed: int) -> Tensor:
     return loss.detach()
 
 
-def _results(net: nn.Module, x: Tensor, labels: Tensor, training: bool, seed: int) -> list[Tensor]:
-    """Logits; or, of a training step, the loss, all gradients as one vector, and those of the attention alone."""
+def _results(
+    net: nn.Module, x: Tensor, labels: Tensor, training: bool, seed: int, detects: bool = False
+) -> list[Tensor]:
+    """Logits, or what a detector finds; or, of a training step, the loss, all gradients as one vector, and those of
+    the attention alone."""
     if not training:
         with torch.no_grad():
-            return [_logits(net, x)]
+            return _detectors.outputs(net, x) if detects else [_logits(net, x)]
     loss = _step(net, x, labels, seed)
     named = [(n, p.grad.flatten()) for n, p in net.named_parameters() if p.grad is not None]
     attention = [g for n, g in named if "relative_position_bias_table" in n or ".attn." in n or ".attention." in n]
@@ -231,12 +245,14 @@ def _results(net: nn.Module, x: Tensor, labels: Tensor, training: bool, seed: in
     return [loss.reshape(1), torch.cat([g for _, g in named]), torch.cat(attention)]
 
 
-def _judge(found: list[float], plain: list[float], dtype: torch.dtype) -> str:
+JUDGED = ("output or loss", "gradients", "gradients of attention")
+FOUND = ("hidden states", "logits", "boxes")
+
+
+def _judge(found: list[float], plain: list[float], dtype: torch.dtype, names: Sequence[str] = JUDGED) -> str:
     """Why a patched model is wrong: it may be no further from float64 than twice the unpatched one, plus one op's
     tolerance, since through twelve layers every kernel's rounding is carried along."""
-    for what, mine, theirs in zip(
-        ("output or loss", "gradients", "gradients of attention"), found, plain, strict=False
-    ):
+    for what, mine, theirs in zip(names, found, plain, strict=False):
         limit = 2 * theirs + TOLERANCES["softmax_grad", dtype].rms
         if not mine <= limit:
             return f"{what}: relative RMS error {mine:.2e} > {limit:.2e} (unpatched: {theirs:.2e})"
@@ -258,10 +274,8 @@ def model_rows(
 ) -> list[Row]:
     """Patched, unpatched and with the core stubbed out, proven equal and then timed together."""
     training = mode == TRAINING
-    tokens = model.inputs is sentences
-    shape = f"B{BATCH} T512" if tokens else f"B{BATCH} {SIZE}×{SIZE}"
     names = [OURS, "eager", CEILING] if model.name.startswith("torchvision") else [OURS, "eager"]
-    rows = {n: Row(NAME, model.name, "", shape, dtype_name(dtype), mode, device, n) for n in names}
+    rows = {n: Row(NAME, model.name, "", model.shape, dtype_name(dtype), mode, device, n) for n in names}
     for row in rows.values():
         row.command = command(row)
     label = f"{model.name} {dtype_name(dtype)} {mode}"
@@ -292,16 +306,18 @@ def model_rows(
             nets[CEILING] = stub
 
     say(f"{label}: against float64")
-    exact = _results(copy.deepcopy(plain).double(), _to(x, device, torch.float64), labels, training, seed)
+    exact = _results(
+        copy.deepcopy(plain).double(), _to(x, device, torch.float64), labels, training, seed, model.detects
+    )
     errors = {}
     for name in [n for n in ("eager", OURS) if n in nets]:
-        got = _results(nets[name], x, labels, training, seed)
+        got = _results(nets[name], x, labels, training, seed, model.detects)
         errors[name] = [relative_rms(a, e) for a, e in zip(got, exact, strict=True)]
         rows[name].error = max(errors[name])
     if report is not None:
         rows[OURS].calls = sum(row.calls for row in report.rows)
         rows[OURS].backend = ", ".join(sorted({row.backend for row in report.rows if row.backend}))
-        reason = _judge(errors[OURS], errors["eager"], dtype)
+        reason = _judge(errors[OURS], errors["eager"], dtype, FOUND if model.detects else JUDGED)
         if not reason and report.uncalled():
             reason = f"patched but never called: {', '.join(report.uncalled())}"
         if reason:
@@ -335,10 +351,15 @@ def model_rows(
 
 
 def jobs(dtypes: Sequence[torch.dtype], level: str) -> Iterator[tuple[Model, torch.dtype, str]]:
-    """Forward in each dtype, a training step in fp32; the other libraries' models with ``--full``."""
-    for model in MODELS if level == "full" else MODELS[:1]:
+    """Forward in each dtype, a training step in fp32; the other libraries' models with ``--full``, but detectors
+    wherever transformers is installed and there is a little time."""
+    detectors = level == "normal" and importlib.util.find_spec("transformers") is not None
+    for model in MODELS:
+        if level != "full" and model is not MODELS[0] and not (detectors and model.detects):
+            continue
         for dtype in dtypes:
-            yield model, dtype, "forward"
+            if dtype == torch.float32 or not model.detects:
+                yield model, dtype, "forward"
         if torch.float32 in dtypes and model.trains:
             yield model, torch.float32, TRAINING
 

@@ -24,6 +24,7 @@ from accel.benchmarks.harness import Case, Cost, Goal, Provider
 from accel.ops.window_attention import LN_100, OP, relative_position_index
 
 NAME = "window_attention"
+PROVIDERS = ("accel", "eager", "compile", "sdpa")
 
 
 @dataclass(frozen=True)

@@ -595,6 +595,39 @@ def test_the_photographs_are_four_different_pictures() -> None:
     assert all((x[i] - x[j]).abs().mean() > 0.1 for i in range(4) for j in range(i))
 
 
+def test_detectors_run_on_one_photograph_in_fp32() -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("transformers")
+    x = models._detectors.photograph()
+    assert x.shape == (1, 3, 416, 640)
+    assert x.std() > 0.5
+    dtypes = (torch.float32, torch.bfloat16)
+    jobs = {level: [(m.name, d) for m, d, _ in models.jobs(dtypes, level) if m.detects] for level in run.EFFORTS}
+    names = ["transformers Deformable DETR", "transformers RT-DETR"]
+    assert jobs == {
+        "quick": [],
+        "normal": [(n, torch.float32) for n in names],
+        "full": [(n, torch.float32) for n in names],
+    }
+
+
+def test_a_detector_is_compared_as_a_set_of_queries() -> None:
+    class Detector(torch.nn.Module):
+        order = torch.arange(5)
+
+        def forward(self, pixel_values: Tensor) -> Any:
+            found = torch.arange(20.0).view(1, 5, 4).square()[:, self.order]
+            return type("Output", (), {"last_hidden_state": found, "logits": found + 100, "pred_boxes": found / 400})
+
+    net, x = Detector(), torch.zeros(1, 3, 8, 8)
+    first = models._results(net, x, x, False, 0, detects=True)
+    net.order = torch.tensor([3, 1, 0, 4, 2])
+    for a, b in zip(first, models._results(net, x, x, False, 0, detects=True), strict=True):
+        torch.testing.assert_close(a, b)
+    assert harness.relative_rms(first[1] + 1, first[1]) > 0.005
+    assert "boxes" in models._judge([1e-6, 1e-6, 1e-3], [1e-6] * 3, torch.float32, models.FOUND)
+
+
 def test_digits_curves_coincide_within_the_noise_and_the_loss_falls() -> None:
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")

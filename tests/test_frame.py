@@ -22,7 +22,8 @@ OPS = {p.stem for p in (ROOT / "accel" / "ops").glob("*.py") if not p.stem.start
 FRAME = {
     "tests": {
         *("conftest", "test_dispatch", "test_doctor", "test_frame", "test_philox", "test_testing"),
-        *("test_benchmarks", "test_compile_gate", "test_nn", "test_patch", "test_patch_attention"),
+        *("test_benchmarks", "test_compile_gate", "test_nn", "test_nn_deform", "test_patch", "test_patch_attention"),
+        *("test_cuda_shim", "test_patch_deform", "test_patch_detectors"),
         *("test_patch_transformers", "test_packing", "test_sdpa"),
     },
     "benchmarks": {"harness", "models", "report", "run", "test_rows"},

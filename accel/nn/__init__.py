@@ -1,6 +1,7 @@
 """Modules to use in place of others': same constructors, attributes and ``state_dict``, run by the kernels."""
 
 from accel.nn.attention import MultiHeadAttention
+from accel.nn.deform import DeformConv2d, ModulatedDeformConv2d
 from accel.nn.windows import (
     ShiftedWindowAttention,
     ShiftedWindowAttention3d,
@@ -11,6 +12,8 @@ from accel.nn.windows import (
 )
 
 __all__ = [
+    "DeformConv2d",
+    "ModulatedDeformConv2d",
     "MultiHeadAttention",
     "ShiftedWindowAttention",
     "ShiftedWindowAttention3d",

@@ -43,6 +43,25 @@ class Entry:
     """False for what changes numerics by design: such an entry is taken only when its op is named."""
 
 
+@dataclass(frozen=True)
+class Function:
+    """How one function of a library's module is computed by one of our ops, for :func:`accel.patch_functions`."""
+
+    target: str
+    """Full path of the function, in the module that defines it."""
+    op: str
+    compute: Callable[..., Any]
+    """``compute(attend, **given)``, where ``attend`` is the op and the arguments come by the function's names."""
+
+    @property
+    def home(self) -> str:
+        return self.target.rpartition(".")[0]
+
+    @property
+    def name(self) -> str:
+        return self.target.rpartition(".")[2]
+
+
 def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 

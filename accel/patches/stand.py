@@ -62,7 +62,8 @@ class Stand:
             asked = (first.dtype, first.device, dispatch._settings.backend)
             if asked != self._asked:  # the choice depends on nothing else that changes from call to call
                 with torch.no_grad():  # what checkpointing sees of a call must be the same each time
-                    prepared = op.prepare(first, *args, **{**how, "dropout_p": 0.0})
+                    drawn = {"dropout_p": 0.0} if "dropout_p" in how else {}  # no seed is drawn for the look
+                    prepared = op.prepare(first, *args, **{**how, **drawn})
                 self.backend, self._asked = dispatch.select(op, prepared).name, asked
         return op.function(first, *args, **how)
 

@@ -1,4 +1,8 @@
-"""torchvision: the three attention modules, whose ``forward`` pads, rolls and partitions."""
+"""torchvision: the three attention modules, whose ``forward`` pads, rolls and partitions; and deformable convolution.
+
+Under autocast a deformable convolution computes in half precision, as a convolution does; torchvision's computes in
+float32.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from accel.nn import shifted_window_attention, shifted_window_attention_3d, shifted_window_attention_v2
-from accel.patches.entry import LINEAR, Entry, why_not_bypass, why_not_dropout
+from accel.patches.entry import LINEAR, Entry, Function, accepts_any_call, why_not_bypass, why_not_dropout
+
+DEFORM = "torchvision.ops.deform_conv"
 
 
 def _why_not(module: Any) -> str | None:
@@ -26,8 +32,23 @@ def _entry(target: str, function: Callable[..., Tensor]) -> Entry:
     return Entry(f"torchvision.models.{target}", "forward", _why_not, compute, _why_not_call)
 
 
+# --- deformable convolution: no child is bypassed, and groups follow from shapes as in the op ---
+
+
+def _conv(
+    conv: Any, attend: Callable[..., Tensor], input: Tensor, offset: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    return attend(input, offset, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, mask)
+
+
+def _function(attend: Callable[..., Tensor], **given: Any) -> Tensor:
+    return attend(given.pop("input"), **given)
+
+
 ENTRIES = (
     _entry("swin_transformer.ShiftedWindowAttention", shifted_window_attention),
     _entry("swin_transformer.ShiftedWindowAttentionV2", shifted_window_attention_v2),
     _entry("video.swin_transformer.ShiftedWindowAttention3d", shifted_window_attention_3d),
+    Entry(f"{DEFORM}.DeformConv2d", "forward", accepts_any_call, _conv, op="deform_conv2d"),
 )
+FUNCTIONS = (Function(f"{DEFORM}.deform_conv2d", "deform_conv2d", _function),)

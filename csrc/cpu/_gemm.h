@@ -58,7 +58,7 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[m][v] = g.init && !PAIRS ? load(g.init + (row + m) * g.ldi + col + v * W) : vf{};
+    for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
   for (int k = 0; k < g.K; ++k) {
     vf bv[NV];
 #pragma GCC unroll 4
@@ -74,10 +74,9 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      if constexpr (PAIRS) {
-        acc[m][v] *= g.mul;
-        if (g.init) acc[m][v] += load(g.init + (row + m) * g.ldi + col + v * W);
-      }
+      if constexpr (PAIRS) acc[m][v] *= g.mul;
+      // added last: a long sum made of many products is rounded once a product, not once a term
+      if (g.init) acc[m][v] += load(g.init + (row + m) * g.ldi + col + v * W);
       store(g.c + (row + m) * g.ldc + col + v * W, acc[m][v]);
     }
 }

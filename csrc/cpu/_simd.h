@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -218,6 +219,15 @@ inline void transpose(const float* src, int64_t lds, float* dst, int64_t ldd, in
 }
 
 // --- pairs of bf16 in a word, for processors that multiply those ---
+
+// Whether products of T are made of pairs of bf16. fp16 has three bits more than those and goes to fp32.
+#if defined(__AVX512BF16__)
+template <typename T>
+constexpr bool IN_PAIRS = std::is_same_v<T, bf16>;
+#else
+template <typename T>
+constexpr bool IN_PAIRS = false;
+#endif
 
 // dst = two vectors rounded to bf16, one behind the other.
 void store_halves(float* dst, vf first, vf second);

@@ -9,7 +9,6 @@
 
 #include <cmath>
 #include <limits>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -30,15 +29,6 @@ inline int spread(int n) {
 }
 
 inline int vectors(int n) { return int(round_up(n, W)); }
-
-// Whether products of T are made of pairs of bf16. fp16 has three bits more than those and goes to fp32.
-#if defined(__AVX512BF16__)
-template <typename T>
-constexpr bool IN_PAIRS = std::is_same_v<T, bf16>;
-#else
-template <typename T>
-constexpr bool IN_PAIRS = false;
-#endif
 
 // Rows of one operand, with a note of those that held something not finite. In PAIRS a word holds two neighbours of a
 // row and nothing is rounded, so that a factor has to wait for the product.

@@ -1,0 +1,188 @@
+// Bilinear samples of maps whose pixels are rows of channels: the four corners of a position, and weighted sums of rows.
+//
+// A corner outside of the map has no pixel: it is OUTSIDE, and whoever reads it reads zeros, never a pixel times 0,
+// which a NaN in the map would turn into one. Each corner is tested by itself, which makes every derivative the one from
+// the right. A position that is NaN, infinite or beyond the border has no corner at all and derivatives of 0.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "_scratch.h"
+#include "_simd.h"
+
+namespace accel::ACCEL_ISA {
+
+constexpr int32_t OUTSIDE = -1;
+
+inline vi load(const int32_t* p) {
+  vi x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(int32_t* p, vi x) { std::memcpy(p, &x, sizeof x); }
+inline vi splat_int(int32_t x) { return x - vi{}; }
+
+// --- corners of a vector of positions ---
+
+// Above left, above right, below left, below right.
+struct Corners {
+  vi at[4];      // row · width + column, or OUTSIDE
+  vf weight[4];  // finite always, and of no matter where the corner is OUTSIDE
+  vf dy, dx;     // from the upper left corner, in [0, 1)
+  vi near;       // all ones where the position is near enough to the map to have derivatives, else 0
+};
+
+// Sizes are below 2^31 pixels, and may be 0. `start` is added to the index of a pixel.
+inline Corners corners_of(vf y, vf x, vi height, vi width, vi start) {
+  Corners c;
+  const vf fy = __builtin_convertvector(height, vf), fx = __builtin_convertvector(width, vf);
+  c.near = (y >= -1.0f) & (y < fy) & (x >= -1.0f) & (x < fx);  // false for NaN
+  y = reinterpret_cast<vf>(reinterpret_cast<vi>(y) & c.near);
+  x = reinterpret_cast<vf>(reinterpret_cast<vi>(x) & c.near);
+  vi top = __builtin_convertvector(y, vi), left = __builtin_convertvector(x, vi);
+  top += __builtin_convertvector(top, vf) > y;  // truncated towards 0 so far; true is −1
+  left += __builtin_convertvector(left, vf) > x;
+  c.dy = y - __builtin_convertvector(top, vf);
+  c.dx = x - __builtin_convertvector(left, vf);
+  const vi bottom = top + 1, right = left + 1;
+  const vi in_top = c.near & (top >= 0) & (top < height), in_bottom = c.near & (bottom >= 0) & (bottom < height);
+  const vi in_left = (left >= 0) & (left < width), in_right = (right >= 0) & (right < width);
+  const vi at = start + top * width + left;
+  const vi inside[4] = {in_top & in_left, in_top & in_right, in_bottom & in_left, in_bottom & in_right};
+  const vi pixel[4] = {at, at + 1, at + width, at + width + 1};
+  for (int k = 0; k < 4; ++k) c.at[k] = (pixel[k] & inside[k]) | ~inside[k];
+  c.weight[0] = (1.0f - c.dy) * (1.0f - c.dx);
+  c.weight[1] = (1.0f - c.dy) * c.dx;
+  c.weight[2] = c.dy * (1.0f - c.dx);
+  c.weight[3] = c.dy * c.dx;
+  return c;
+}
+
+// Derivatives of a sample by y and x, from any linear function of its corners (a channel, or a dot product of them).
+inline vf slope_y(const vf* corner, vf dx) { return (1.0f - dx) * (corner[2] - corner[0]) + dx * (corner[3] - corner[1]); }
+inline vf slope_x(const vf* corner, vf dy) { return (1.0f - dy) * (corner[1] - corner[0]) + dy * (corner[3] - corner[2]); }
+
+// --- the end of a row: fewer elements than a vector has, and no access beyond them ---
+
+template <typename T>
+inline vf load_part(const T* p, int n) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = __mmask16((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return reinterpret_cast<vf>(_mm512_maskz_loadu_ps(mask, p));
+  const __m256i h = _mm256_maskz_loadu_epi16(mask, p);
+  if constexpr (std::is_same_v<T, fp16>) return reinterpret_cast<vf>(_mm512_cvtph_ps(h));
+  return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+#else
+  T row[W] = {};
+  std::memcpy(row, p, size_t(n) * sizeof(T));
+  return load(row);
+#endif
+}
+
+template <typename T>
+inline void store_part(T* p, vf x, int n) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), reinterpret_cast<__m512>(x));
+    return;
+  }
+#endif
+  T row[W];
+  store(row, x);
+  std::memcpy(p, row, size_t(n) * sizeof(T));
+}
+
+// Elements 0, 2, 4, … and 1, 3, 5, … of the first 2·n, n at most W.
+template <int... I>
+inline vf pick(vf low, vf high, std::integer_sequence<int, I...>, int from) {
+  return from ? __builtin_shufflevector(low, high, (2 * I + 1)...) : __builtin_shufflevector(low, high, (2 * I)...);
+}
+inline void load_pairs(const float* p, int n, vf& first, vf& second) {
+  const int m = 2 * n;
+  const vf low = m < W ? load_part(p, m) : load(p);
+  const vf high = m <= W ? vf{} : m < 2 * W ? load_part(p + W, m - W) : load(p + W);
+  first = pick(low, high, std::make_integer_sequence<int, W>{}, 0);
+  second = pick(low, high, std::make_integer_sequence<int, W>{}, 1);
+}
+
+// Vector v of a row of NV vectors, the last of which has `last` elements if PART (else whole).
+template <int NV, bool PART, typename T>
+inline vf load_of(const T* row, int v, int last) {
+  return PART && v == NV - 1 ? load_part(row + v * W, last) : load(row + v * W);
+}
+template <int NV, bool PART, typename T>
+inline void store_of(T* row, int v, int last, vf x) {
+  if (PART && v == NV - 1) {
+    store_part(row + v * W, x, last);
+  } else {
+    store(row + v * W, x);
+  }
+}
+
+// Calls f.template operator()<NV, PART>(first channel, elements of the last vector) for runs of up to MOST vectors that
+// together are n channels.
+template <int MOST, typename F>
+inline void for_each_run(int64_t n, const F& f) {
+  static_assert(MOST == 4);
+  int64_t c = 0;
+  for (; c + MOST * W <= n; c += MOST * W) f.template operator()<4, false>(c, W);
+  const int rest = int(n - c), last = rest % W;
+  switch (2 * ((rest + W - 1) / W) + (last != 0)) {
+    case 2: return f.template operator()<1, false>(c, W);
+    case 3: return f.template operator()<1, true>(c, last);
+    case 4: return f.template operator()<2, false>(c, W);
+    case 5: return f.template operator()<2, true>(c, last);
+    case 6: return f.template operator()<3, false>(c, W);
+    case 7: return f.template operator()<3, true>(c, last);
+    case 9: return f.template operator()<4, true>(c, last);
+  }
+}
+
+// --- one sample as a row ---
+
+// The row of pixel `at` of a map whose rows are `stride` elements apart, or `zeros` (as many elements as a row).
+template <typename T>
+inline T* row_of(T* map, int64_t stride, int32_t at, T* zeros) {
+  return at < 0 ? zeros : map + at * stride;
+}
+
+// out[0..n) = Σ_k weight[k] · row[k][0..n), in fp32, rounded once if U is a half.
+template <typename T, typename U>
+inline void weigh_rows(const T* const (&row)[4], const float (&weight)[4], U* out, int64_t n) {
+  const vf w0 = splat(weight[0]), w1 = splat(weight[1]), w2 = splat(weight[2]), w3 = splat(weight[3]);
+  for_each_run<4>(n, [&]<int NV, bool PART>(int64_t c, int last) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      const vf above = w0 * load_of<NV, PART>(row[0] + c, v, last) + w1 * load_of<NV, PART>(row[1] + c, v, last);
+      const vf below = w2 * load_of<NV, PART>(row[2] + c, v, last) + w3 * load_of<NV, PART>(row[3] + c, v, last);
+      store_of<NV, PART>(out + c, v, last, above + below);
+    }
+  });
+}
+
+// sum[0..n) += weight · row[0..n): how a gradient reaches the pixel of a corner.
+template <typename T>
+inline void add_row(const T* row, float weight, float* sum, int64_t n) {
+  const vf w = splat(weight);
+  for_each_run<4>(n, [&]<int NV, bool PART>(int64_t c, int last) {
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v)
+      store_of<NV, PART>(sum + c, v, last,
+                         load_of<NV, PART>(sum + c, v, last) + w * load_of<NV, PART>(row + c, v, last));
+  });
+}
+
+// The sums of the lanes of W vectors, one a lane: 3 operations for each of them.
+template <int S = 1>
+inline vf sums_of(vf* r) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 2 * S) {
+    exchange<S>(r[i], r[i + S], std::make_integer_sequence<int, W>{});
+    r[i] += r[i + S];
+  }
+  if constexpr (2 * S < W) return sums_of<2 * S>(r);
+  return r[0];
+}
+
+}  // namespace accel::ACCEL_ISA

@@ -1,0 +1,82 @@
+// Sums of weighted samples, as ms_deform_attn and deform_attention2d both are: what a binding hands to the kernel, plain
+// pointers and sizes, no torch type.
+#pragma once
+
+#include <cstdint>
+
+namespace accel::ms_deform_attn {
+
+enum class Dtype : int { f32, bf16, f16 };
+
+// What holds for point p of every query and head. Its position on the map, in pixels, is
+//   base of the query + place + scale · (what the tensor of positions says).
+struct Point {
+  float place_y, place_x, scale_y, scale_x;
+  int32_t height, width, start;  // of its level; height 0 leaves the point out
+};
+
+struct Params {
+  int64_t batch, pixels, heads, channels, queries;  // N, S, M, D, Q
+  int points;                                       // P, of all levels
+  Dtype dtype;
+  const void* value;       // (N, S, M, D)
+  const float* positions;  // (N, Q, M, P, 2), x before y
+  const float* weights;    // (N, Q, M, P)
+  bool softmax;            // of the weights over P
+  const Point* point;      // (P)
+  int64_t line;            // the base is (first_y + q / line · step_y, first_x + q % line · step_x)
+  float first_y, first_x, step_y, step_x;
+};
+
+// The rows of one head are a kilobyte apart in `value`, in an eighth of the cache's sets. Where each is read often, the
+// maps of a few (batch, head) pairs at a time are packed first, `pairs` of them from `first_pair` on.
+struct Forward {
+  Params p;
+  void* out;  // (N, Q, M, D)
+  void* packed;  // (pairs, S, row) in value's dtype, or null: rows are read where they are
+  int64_t row;
+  int64_t first_pair, pairs;
+  int64_t chunk;  // queries of a unit of work
+};
+
+// A task is a pair and a part of its queries, and owns a map of gradients of the pair. Parts follow from shapes alone, so
+// that sums have the same order whatever the number of threads.
+struct Backward {
+  Params p;
+  const void* grad_out;
+  void* grad_value;       // or null
+  float* grad_positions;  // or null
+  float* grad_weights;    // or null
+  float* maps;            // (tasks, S, row), or null: sums are made in grad_value, which is fp32 then
+  int64_t row;            // floats
+  bool packed;            // a row of a map holds the pixel's value, too: half of it each
+  int64_t first_pair, pairs, parts;
+};
+
+// One set per instruction-set level; ranges are what parallel_for hands out.
+#define ACCEL_MS_DEFORM_ATTN_LEVEL                                                                       \
+  void pack_maps(const Forward& f, int64_t from, int64_t to);     /* rows of all pairs of the round */   \
+  void sum_samples(const Forward& f, int64_t from, int64_t to);   /* units: (pair, chunk of queries) */  \
+  void sum_gradients(const Backward& b, int64_t from, int64_t to); /* tasks: (pair, part) */             \
+  void collect_maps(const Backward& b, int64_t from, int64_t to); /* rows of all pairs of the round */
+
+}  // namespace accel::ms_deform_attn
+
+namespace accel::portable {
+using namespace accel::ms_deform_attn;
+ACCEL_MS_DEFORM_ATTN_LEVEL
+}
+#if defined(__x86_64__)
+namespace accel::avx2 {
+using namespace accel::ms_deform_attn;
+ACCEL_MS_DEFORM_ATTN_LEVEL
+}
+namespace accel::avx512 {
+using namespace accel::ms_deform_attn;
+ACCEL_MS_DEFORM_ATTN_LEVEL
+}
+namespace accel::avx512_bf16 {
+using namespace accel::ms_deform_attn;
+ACCEL_MS_DEFORM_ATTN_LEVEL
+}
+#endif

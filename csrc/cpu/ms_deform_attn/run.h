@@ -1,0 +1,138 @@
+// What the bindings of ms_deform_attn and deform_attention2d do alike: checks, the choice of maps and parts, threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdlib>
+#include <tuple>
+#include <vector>
+
+#include "../../check.h"
+#include "../_isa.h"
+#include "params.h"
+
+namespace accel::ms_deform_attn {
+
+using Ints = std::vector<int64_t>;
+using Bools = std::vector<bool>;
+using Grads = std::tuple<Tensor, Tensor, Tensor>;
+
+inline Dtype dtype_of(const Tensor& x) {
+  if (x.scalar_type() == ScalarType::Float) return Dtype::f32;
+  if (x.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "samples are taken of float32, bfloat16 and float16");
+  return Dtype::f16;
+}
+
+// The sizes, and the three tensors that must agree with them.
+inline Params describe(const Tensor& value, const Tensor& positions, const Tensor& weights, int64_t batch,
+                       int64_t pixels, int64_t heads, int64_t channels, int64_t queries, const std::vector<Point>& point) {
+  constexpr int64_t MOST = (int64_t(1) << 31) - 2;
+  Params p{};
+  p.batch = batch, p.pixels = pixels, p.heads = heads, p.channels = channels, p.queries = queries;
+  STD_TORCH_CHECK(pixels > 0 && pixels <= MOST && heads > 0 && channels > 0 && channels <= MOST,
+                  "a map must have pixels, heads and channels, at most 2^31 − 2 of each");
+  STD_TORCH_CHECK(!point.empty() && point.size() <= 1 << 20, "there must be points, at most 2^20");
+  p.points = int(point.size());
+  p.dtype = dtype_of(value);
+  check_cpu(value, "the map");
+  STD_TORCH_CHECK(value.numel() == batch * pixels * heads * channels, "the map has ", value.numel(), " elements");
+  const int64_t samples = batch * queries * heads * p.points;
+  check_f32(positions, "the tensor of positions", 2 * samples);
+  check_f32(weights, "the tensor of weights", samples);
+  p.value = value.const_data_ptr();
+  p.positions = static_cast<const float*>(positions.const_data_ptr());
+  p.weights = static_cast<const float*>(weights.const_data_ptr());
+  p.point = point.data();
+  p.line = 1;
+  return p;
+}
+
+constexpr int64_t ROUND_BYTES = int64_t(16) << 20;  // of maps at once, if that is enough for every thread
+constexpr int64_t CACHED_BYTES = 256 << 10;         // of a batch entry's map, which packing would not bring nearer
+
+// How often a pixel's row is read, were all samples spread evenly.
+inline int64_t reads(const Params& p) { return 4 * p.queries * p.points / p.pixels; }
+
+inline int64_t maps_at_once(int64_t bytes, int64_t all) {
+  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
+  return std::min(all, std::max(threads, ROUND_BYTES / bytes));
+}
+
+inline int64_t knob(const char* name, int64_t otherwise) { const char* s = std::getenv(name); return s ? std::atoll(s) : otherwise; }
+
+inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shape) {
+  Tensor out = torch::stable::new_empty(value, shape);
+  Forward f{};
+  f.p = p;
+  f.out = out.mutable_data_ptr();
+  f.chunk = knob("CHUNK", 64);
+  const int64_t all = p.batch * p.heads, chunks = (p.queries + f.chunk - 1) / f.chunk;
+  if (all * chunks == 0) return out;
+  const int64_t bytes = p.pixels * p.channels * int64_t(value.element_size());
+  Tensor maps;
+  f.pairs = all;
+  if (reads(p) >= knob("READS", 8) && p.heads > 1 && bytes * p.heads > CACHED_BYTES) {
+    f.row = p.channels;
+    f.pairs = maps_at_once(bytes, all);
+    maps = torch::stable::new_empty(value, {f.pairs, p.pixels, f.row});
+    f.packed = maps.mutable_data_ptr();
+  }
+  auto pack = ACCEL_LEVEL(pack_maps), run = ACCEL_LEVEL(sum_samples);
+  for (int64_t pairs = f.pairs; f.first_pair < all; f.first_pair += pairs) {
+    f.pairs = std::min(pairs, all - f.first_pair);
+    if (f.packed)
+      torch::stable::parallel_for(0, f.pairs * p.pixels, 1024, [&](int64_t from, int64_t to) { pack(f, from, to); });
+    torch::stable::parallel_for(0, f.pairs * chunks, 1, [&](int64_t from, int64_t to) { run(f, from, to); });
+  }
+  return out;
+}
+
+// Tasks enough for some threads, and in each of them reads enough to pay for a map of its own. By the shape of a batch
+// entry alone, whose gradients do not depend on the others then.
+inline int64_t parts_of(const Params& p) {
+  return std::clamp<int64_t>(std::min(knob("TASKS", 8) / p.heads, reads(p) / 16), 1, std::max<int64_t>(1, p.queries));
+}
+
+inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor& value, const Tensor& positions,
+                          const Tensor& weights, const Bools& needs) {
+  check_cpu(grad_out, "grad_out");
+  STD_TORCH_CHECK(grad_out.scalar_type() == value.scalar_type() &&
+                      grad_out.numel() == p.batch * p.queries * p.heads * p.channels,
+                  "grad_out must have the dtype and shape of the output");
+  STD_TORCH_CHECK(needs.size() == 3, "needs must be three");
+  auto like = [&](const Tensor& x, bool needed) {
+    return needed ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  };
+  Tensor grad_value = like(value, needs[0]), grad_positions = like(positions, needs[1]);
+  Tensor grad_weights = like(weights, needs[2]);
+  Backward b{};
+  b.p = p;
+  b.grad_out = grad_out.const_data_ptr();
+  b.grad_value = needs[0] ? grad_value.mutable_data_ptr() : nullptr;
+  b.grad_positions = needs[1] ? mutable_floats(grad_positions) : nullptr;
+  b.grad_weights = needs[2] ? mutable_floats(grad_weights) : nullptr;
+  const int64_t all = p.batch * p.heads;
+  if (all == 0 || !(needs[0] || needs[1] || needs[2])) return {grad_value, grad_positions, grad_weights};
+
+  b.parts = parts_of(p);
+  b.packed = needs[0] && reads(p) >= knob("READS", 8);
+  b.pairs = all;
+  Tensor maps;
+  if (needs[0] && (b.packed || b.parts > 1 || p.dtype != Dtype::f32)) {
+    b.row = (b.packed ? 2 : 1) * p.channels;
+    const int64_t floats = b.parts * p.pixels * b.row;
+    b.pairs = maps_at_once(4 * floats, all);
+    maps = torch::stable::new_empty(value, {b.pairs, floats}, ScalarType::Float);
+    b.maps = mutable_floats(maps);
+  }
+  auto run = ACCEL_LEVEL(sum_gradients), collect = ACCEL_LEVEL(collect_maps);
+  for (int64_t pairs = b.pairs; b.first_pair < all; b.first_pair += pairs) {
+    b.pairs = std::min(pairs, all - b.first_pair);
+    torch::stable::parallel_for(0, b.pairs * b.parts, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
+    if (b.maps)
+      torch::stable::parallel_for(0, b.pairs * p.pixels, 512, [&](int64_t from, int64_t to) { collect(b, from, to); });
+  }
+  return {grad_value, grad_positions, grad_weights};
+}
+
+}  // namespace accel::ms_deform_attn

@@ -1,0 +1,561 @@
+"""Patching multi-scale deformable attention of transformers: whole detectors, every class alone, and that none is left.
+
+Tiny random-weight models of the real classes, in float64 on the reference backend.
+"""
+
+import ast
+import copy
+import functools
+import importlib
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+import transformers
+
+import accel
+from accel.patches import TABLE, transformers_deform
+from accel.testing import assert_close
+
+OP = "ms_deform_attn"
+FOLDER = Path(transformers.__file__).parent / "models"
+LAYER = "MultiScaleDeformableAttention"
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- models ---
+
+RESNET = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "layer_type": "basic"}
+STAGES = {"out_features": ["stage2", "stage3", "stage4"]}
+DETR = {
+    "d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "num_queries": 5, "decoder_layers": 2,
+}  # fmt: skip
+HYBRID = {
+    **DETR, "num_labels": 3, "encoder_hidden_dim": 32, "encoder_in_channels": [8] * 3, "decoder_in_channels": [32] * 3,
+    "num_denoising": 0,
+}  # fmt: skip
+MASKS = {
+    "hidden_dim": 32, "encoder_feedforward_dim": 48, "encoder_layers": 2, "num_attention_heads": 4,
+    "dim_feedforward": 48, "num_queries": 5, "num_labels": 3,
+}  # fmt: skip
+LIGHT = {
+    "d_model": 32, "decoder_ffn_dim": 48, "decoder_layers": 2, "decoder_self_attention_heads": 2,
+    "decoder_cross_attention_heads": 4, "num_queries": 5, "group_detr": 2, "num_labels": 3, "dropout": 0.0,
+}  # fmt: skip
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "out_indices": [1, 2]}
+
+
+def deformable_detr(**options):
+    config = transformers.DeformableDetrConfig(
+        backbone_config=transformers.ResNetConfig(**RESNET, **STAGES), **DETR, encoder_layers=2, num_labels=3,
+        dropout=0.0, **options,
+    )  # fmt: skip
+    return transformers.DeformableDetrForObjectDetection(config)
+
+
+def rt_detr(name="RTDetr", **options):
+    backbone = transformers.RTDetrResNetConfig(**RESNET, **STAGES)
+    config = getattr(transformers, f"{name}Config")(backbone_config=backbone, **HYBRID, **options)
+    return getattr(transformers, f"{name}ForObjectDetection")(config)
+
+
+def d_fine(name="DFine", **options):
+    """Levels with 3, 6 and 2 points."""
+    backbone = transformers.HGNetV2Config(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, stem_channels=[3, 8, 8], stage_in_channels=[8] * 4,
+        stage_mid_channels=[8] * 4, stage_out_channels=[8] * 4, stage_num_blocks=[1] * 4, stage_numb_of_layers=[1] * 4,
+        **STAGES,
+    )  # fmt: skip
+    options = {"decoder_n_points": [3, 6, 2], **options}
+    config = getattr(transformers, f"{name}Config")(backbone_config=backbone, **HYBRID, **options)
+    return getattr(transformers, f"{name}ForObjectDetection")(config)
+
+
+def swin(first=1):
+    return transformers.SwinConfig(
+        image_size=64, embed_dim=8, depths=[1] * 4, num_heads=[1, 1, 2, 2], window_size=4, drop_path_rate=0.0,
+        out_features=[f"stage{i}" for i in range(first, 5)],
+    )  # fmt: skip
+
+
+def mask2former():
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin(), feature_size=32, mask_feature_size=32, decoder_layers=2, **MASKS
+    )
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
+def oneformer():
+    config = transformers.OneFormerConfig(
+        backbone_config=swin(), conv_dim=32, mask_dim=32, decoder_layers=3, task_seq_len=7, text_encoder_width=32,
+        text_encoder_context_length=7, text_encoder_num_layers=1, text_encoder_vocab_size=50, text_encoder_n_ctx=1,
+        dropout=0.0, **MASKS,
+    )  # fmt: skip
+    return transformers.OneFormerForUniversalSegmentation(config)
+
+
+def grounding_dino(name="GroundingDino"):
+    text = transformers.BertConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=1100
+    )
+    config = getattr(transformers, f"{name}Config")(
+        backbone_config=swin(2), text_config=text, **DETR, encoder_layers=2, max_text_len=8, dropout=0.0,
+        fusion_droppath=0.0,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForObjectDetection")(config)
+
+
+def lw_detr():
+    backbone = transformers.LwDetrViTConfig(
+        **VIT, image_size=64, pretrain_image_size=64, num_windows=4, window_block_indices=[0]
+    )
+    config = transformers.LwDetrConfig(backbone_config=backbone, projector_scale_factors=[2.0, 0.5], **LIGHT)
+    return transformers.LwDetrForObjectDetection(config)
+
+
+def rf_detr():
+    backbone = transformers.RfDetrDinov2Config(**VIT, image_size=56, patch_size=14, num_windows=2)
+    return transformers.RfDetrForObjectDetection(transformers.RfDetrConfig(backbone_config=backbone, **LIGHT))
+
+
+PICTURE = {"pixel_values": noise(2, 3, 64, 32)}
+SQUARE = {"pixel_values": noise(2, 3, 64, 64)}
+PART = torch.ones(2, 64, 32, dtype=torch.long)
+PART[1, :, 21:] = 0
+PADDED = {**PICTURE, "pixel_mask": PART}
+IDS = torch.tensor([[101, 7, 8, 1012, 102]] * 2)
+
+# name: model, arguments, modules that are replaced
+MODELS = {
+    "Deformable DETR": (deformable_detr, PICTURE, 4),
+    "Deformable DETR, padded, two stages": (
+        lambda: deformable_detr(two_stage=True, with_box_refine=True, two_stage_num_proposals=5), PADDED, 4,
+    ),
+    "RT-DETR": (rt_detr, PICTURE, 2),
+    "RT-DETRv2": (lambda: rt_detr("RTDetrV2", decoder_n_points=3), PICTURE, 2),
+    "D-FINE": (d_fine, PICTURE, 2),
+    "DEIMv2": (lambda: d_fine("Deimv2", decoder_n_points=3), PICTURE, 2),
+    "Mask2Former": (mask2former, PICTURE, 2),
+    "OneFormer": (
+        oneformer,
+        {**PICTURE, "task_inputs": torch.arange(14).view(2, 7) % 50},
+        2,
+    ),
+    "Grounding DINO": (grounding_dino, {**PADDED, "input_ids": IDS}, 4),
+    "MM Grounding DINO": (lambda: grounding_dino("MMGroundingDino"), {**PICTURE, "input_ids": IDS}, 4),
+    "LW-DETR": (lw_detr, SQUARE, 2),
+    "RF-DETR": (rf_detr, {"pixel_values": noise(2, 3, 56, 56)}, 2),
+}  # fmt: skip
+
+
+def randomize(model, dtype=torch.float64):
+    """Every parameter away from its initial value: offsets start on the centres of pixels, where derivatives jump."""
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0, std=0.2)
+    return model.to(dtype).eval()
+
+
+def build(name):
+    make, inputs, count = MODELS[name]
+    return randomize(make()), inputs, count
+
+
+def floats(output):
+    if isinstance(output, torch.Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, list | tuple) else ()
+    return [x for value in values for x in floats(value)]
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    out = [x for x in floats(model(**inputs)) if x.requires_grad]
+    total = sum((x * noise(*x.shape, seed=9)).where(x.isfinite(), 0.0).mean() for x in out)
+    total.backward()
+    return [x.detach() for x in out], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def near(found, expected, limit):
+    assert list(found) == list(expected)
+    for name, gradient in expected.items():
+        error = float((found[name] - gradient).abs().max())
+        assert error <= limit * max(float(gradient.abs().max()), 1e-3), f"{name}: {error}"
+
+
+def same_outputs(found, expected, limit=1e-10):
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+
+
+# --- whole models ---
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_patched_model_computes_the_same(name):
+    model, inputs, count = build(name)
+    keys, types_ = list(model.state_dict()), [type(m) for m in model.modules()]
+    reference, expected = gradients(model, inputs)
+    report = accel.patch(model, ops=OP, strict=True)
+    assert len(report.replaced) == count, str(report)
+    found, grads = gradients(model, inputs)
+    assert [(row.calls, row.fallbacks, row.backend) for row in report.rows] == [(1, {}, "reference")] * count
+    same_outputs(found, reference)
+    near(grads, expected, 1e-7)
+    sampled = [n for n in expected if "sampling_offsets" in n]
+    assert len(sampled) >= 2 * count
+    assert all(expected[n].count_nonzero() > 0 for n in sampled)
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == types_
+    assert report.verify(**inputs) <= 1e-10
+
+    assert len(accel.unpatch(model)) == count
+    for a, b in zip(gradients(model, inputs)[0], reference, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["Deformable DETR", "RT-DETRv2", "D-FINE", "Mask2Former"])
+def test_a_wrong_kernel_is_seen(name, monkeypatch):
+    """The comparison above can fail: locations that are off by a thousandth of the map are noticed everywhere."""
+    model, inputs, _ = build(name)
+    report = accel.patch(model, ops=OP)
+    for row in report.replaced:
+        op = row.replacement.attend
+
+        def wrong(value, shapes, starts, locations, *rest, op=op, **how):
+            return op(value, shapes, starts, locations + 1e-3, *rest, **how)
+
+        monkeypatch.setattr(row.replacement, "attend", wrong)
+    assert report.verify(**inputs) > 1e-6
+
+
+def test_all_that_a_detector_has_is_patched_together():
+    model, inputs, _ = build("Deformable DETR")
+    report = accel.patch(model)
+    assert {row.op for row in report.rows} == {OP, "softmax_attention"}
+    assert report.verify(**inputs) < 1e-6  # softmax is in float32 in some of the library's attention
+    assert not report.uncalled()
+    twin = copy.deepcopy(model)
+    accel.unpatch(model)
+    assert {row.status for row in accel.patch(twin).rows} == {"already patched"}
+
+
+def test_a_copy_is_patched_and_stands_alone():
+    model, inputs, count = build("RT-DETR")
+    report = accel.patch(model, ops=OP)
+    expected = floats(model(**inputs))
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    for a, b in zip(floats(twin(**inputs)), expected, strict=True):
+        assert torch.equal(a, b)
+    assert [row.calls for row in accel.patch(twin, ops=OP).rows] == [2] * count
+    assert [row.calls for row in report.rows] == [1] * count
+
+
+# --- every class alone ---
+
+LEVELS = ((5, 4), (3, 2), (1, 7))
+CONFIG = types.SimpleNamespace(
+    d_model=32, num_feature_levels=3, decoder_n_levels=3, decoder_n_points=2, decoder_attention_heads=4,
+    decoder_offset_scale=0.5, decoder_method="default", disable_custom_kernels=True,
+)  # fmt: skip
+
+
+def attention(target, **options):
+    """The attention that ``target`` belongs to: the class itself, or the one that holds a layer of it."""
+    module = importlib.import_module(target.rpartition(".")[0])
+    config = types.SimpleNamespace(**{**vars(CONFIG), **options})
+    (cls,) = {
+        value
+        for name, value in vars(module).items()
+        if name.endswith("MultiscaleDeformableAttention") and value.__module__ == module.__name__
+    }
+    if "PixelDecoder" in cls.__name__:
+        return randomize(cls(32, 4, 3, 2))
+    if target.endswith(f".{LAYER}"):
+        return randomize(cls(config, num_heads=4, n_points=2))
+    return randomize(cls(config))
+
+
+def call(width, levels=3, **others):
+    shapes = torch.tensor(LEVELS)
+    sizes = shapes[:, 0] * shapes[:, 1]
+    return {
+        "hidden_states": noise(2, 9, 32),
+        "encoder_hidden_states": noise(2, int(sizes.sum()), 32, seed=1),
+        "reference_points": noise(2, 9, levels, width, seed=2).sigmoid(),
+        "spatial_shapes": shapes,
+        "spatial_shapes_list": list(LEVELS),
+        "level_start_index": sizes.cumsum(0) - sizes,
+        **others,
+    }
+
+
+ENTRIES = {e.target.removeprefix("transformers.models."): e.target for e in transformers_deform.ENTRIES}
+EXTRAS = {"position_embeddings": noise(2, 9, 32, seed=3), "attention_mask": noise(2, 33, seed=4) > -1}
+
+
+def calls_of(target):
+    """What the class can be called with."""
+    if any(name in target for name in ("d_fine", "deimv2")):
+        return [call(4, 1)]
+    if "rt_detr_v2" in target:
+        return [call(4, 1), call(4, 1, **EXTRAS)]
+    calls = [call(2), call(4), call(4, **EXTRAS)]
+    if "mask2former" in target:
+        for given in calls:
+            del given["spatial_shapes"]
+    return calls
+
+
+def target_of(name):
+    (target,) = [t for t in ENTRIES.values() if f".{name}." in t]
+    return target
+
+
+def to(dtype, given):
+    """The arguments of a call with every floating tensor in ``dtype``."""
+    return {n: x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for n, x in given.items()}
+
+
+def installed(target):
+    if not (FOLDER / target.split(".")[2]).is_dir():
+        pytest.skip(f"{target} is not in this version of transformers")
+    return target
+
+
+@pytest.mark.parametrize("target", ENTRIES.values(), ids=ENTRIES)
+def test_every_attention_computes_the_same(target):
+    attn = attention(installed(target))
+    for given in calls_of(target):
+        model = copy.deepcopy(attn)
+        reference, expected = gradients(model, given)
+        assert all(g.count_nonzero() > 0 for g in expected.values())
+        report = accel.patch(model, strict=True)
+        assert [row.old_class for row in report.replaced] == [target.rpartition(".")[2]]
+        found, grads = gradients(model, given)
+        assert [(row.calls, row.fallbacks) for row in report.rows] == [(1, {})]
+        same_outputs(found, reference, 1e-12)
+        near(grads, expected, 1e-11)
+
+
+def test_fp32_within_the_tolerance_table():
+    """The layer alone: projections before it would be rounded, and move the positions."""
+    layer = attention(target_of("rt_detr")).attn
+    value, at, weights = noise(2, 33, 4, 8), noise(2, 9, 4, 3, 2, 2, seed=1), noise(2, 9, 4, 3, 2, seed=2)
+    value, at, weights = value.float(), at.sigmoid().float(), weights.sigmoid().float()
+    exact = layer(value.double(), None, list(LEVELS), None, at.double(), weights.double(), 64)
+    report = accel.patch(layer)
+    found = layer(value, None, list(LEVELS), None, at, weights, 64)
+    assert_close(found, exact, "sample", torch.float32)
+    assert not report.uncalled()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["deformable_detr", "oneformer", "d_fine", "rt_detr_v2"])
+def test_rounding_is_no_worse_than_the_class(name, dtype):
+    target = target_of(name)
+    attn, given = attention(target).to(dtype), to(dtype, calls_of(target)[0])
+    exact = copy.deepcopy(attn).double()(**to(torch.float64, given))[0]
+    theirs = attn(**given)[0]
+    accel.patch(attn, strict=True)
+    found = attn(**given)[0]
+    assert found.dtype == theirs.dtype == dtype
+    assert (found - exact).norm() <= 1.5 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "mask2former", "d_fine", "rt_detr_v2"])
+def test_compiled_attention_is_one_graph(name):
+    target = target_of(name)
+    attn, given = attention(target), calls_of(target)[0]
+    reference, expected = gradients(attn, given)
+    report = accel.patch(attn)
+    attn.compile(fullgraph=True, backend="aot_eager")
+    found, grads = gradients(attn, given)
+    same_outputs(found, reference)
+    near(grads, expected, 1e-9)
+    assert not report.uncalled()
+
+
+def test_checkpointing_recomputes():
+    target = target_of("rt_detr_v2")
+    attn, given = attention(target), call(4, 1)
+    reference, expected = gradients(attn, given)
+    report = accel.patch(attn)
+    attn.zero_grad()
+    given = {**given, "hidden_states": given["hidden_states"].clone().requires_grad_()}
+    out = torch.utils.checkpoint.checkpoint(attn, **given, use_reentrant=False)
+    sum((x * noise(*x.shape, seed=9)).mean() for x in out).backward()
+    same_outputs(out, reference)
+    near({n: p.grad for n, p in attn.named_parameters()}, expected, 1e-10)
+    assert [row.calls for row in report.rows] == [2]
+
+
+def test_hooks_of_the_projections_run():
+    attn, given = attention(target_of("rt_detr_v2")), call(4, 1)
+    seen = []
+    for name, child in attn.named_children():
+        child.register_forward_hook(lambda m, args, out, name=name: seen.append(name) or 1.5 * out)
+    expected = attn(**given)
+    accel.patch(attn)
+    found = attn(**given)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert sorted(seen) == sorted(["sampling_offsets", "attention_weights", "value_proj", "output_proj"] * 2)
+
+
+# --- what is left to the class ---
+
+DISCRETE = "its sampling method is 'discrete', which is not bilinear"
+
+
+@pytest.mark.parametrize(("name", "attribute"), [("rt_detr_v2", "method"), ("d_fine", "decoder_method")])
+def test_discrete_sampling_is_left_to_the_class(name, attribute):
+    target = target_of(name)
+    with pytest.raises(ValueError, match="which is not bilinear"):
+        accel.patch(attention(target, decoder_method="discrete"), ops=OP)
+    attn, given = attention(target), call(4, 1)
+    report = accel.patch(attn)
+    setattr(attn, attribute, "discrete")
+    found = attn(**given)[0]
+    assert [(row.calls, row.fallbacks) for row in report.rows] == [(0, {DISCRETE: 1})]
+    accel.unpatch(attn)
+    assert torch.equal(found, attn(**given)[0])
+
+
+def test_discrete_detector_is_reported_and_works():
+    model = randomize(rt_detr("RTDetrV2", decoder_method="discrete"))
+    report = accel.patch(model)
+    assert [row.reason for row in report.rows if row.op == OP] == [DISCRETE] * 2
+    model(**PICTURE)
+
+
+def test_reference_points_that_the_class_reads_otherwise(caplog):
+    for name, width, reason in (
+        ("rt_detr_v2", 2, "its reference points have 2 coordinates"),
+        ("mask2former", 3, "its reference points have 3 coordinates"),
+        ("d_fine", 3, "its reference points have 3 coordinates"),
+    ):
+        target = target_of(name)
+        attn = attention(target)
+        report = accel.patch(attn)
+        given = calls_of(target)[0]
+        given["reference_points"] = noise(*given["reference_points"].shape[:-1], width).sigmoid()
+        with pytest.raises((ValueError, RuntimeError)):
+            attn(**given)
+        assert report.rows[0].fallbacks == {reason: 1}, name
+        assert reason in caplog.text
+
+
+def test_a_mask_for_d_fine_is_the_classs_affair():
+    target = target_of("d_fine")
+    attn = attention(target)
+    report = accel.patch(attn)
+    with pytest.raises(RuntimeError, match="must match"):
+        attn(**call(4, 1, attention_mask=EXTRAS["attention_mask"]))
+    assert report.rows[0].fallbacks == {"an attention mask is given, which the class holds against heads": 1}
+
+
+@pytest.mark.parametrize("name", ["mask2former", "oneformer", "rt_detr_v2"])
+def test_a_function_that_someone_replaced_is_not_bypassed(name, monkeypatch):
+    target = target_of(name)
+    attn, given = attention(target), calls_of(target)[0]
+    report = accel.patch(attn)
+    module = importlib.import_module(target.rpartition(".")[0])
+    (function,) = [f for f in vars(module) if f.startswith("multi_scale_deformable_attention")]
+    old = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *a: 2 * old(*a))
+    attn(**given)
+    reason = f"{function} is not the function of its own module any more"
+    assert [(row.calls, row.fallbacks) for row in report.rows] == [(0, {reason: 1})]
+
+
+def test_a_core_that_someone_replaced_is_not_bypassed():
+    target = target_of("d_fine")
+    attn = attention(target)
+    old = attn.ms_deformable_attn_core
+    attn.ms_deformable_attn_core = lambda *a: 2 * old(*a)
+    with pytest.raises(ValueError, match="is not the function of its own module"):
+        accel.patch(attn)
+
+
+def test_a_layer_that_was_given_a_kernel_is_skipped():
+    """kernelize of Hugging Face's kernels sets forward on the instance."""
+    attn = attention(target_of("rt_detr"))
+    attn.attn.forward = types.MethodType(type(attn.attn).forward, attn.attn)
+    with pytest.raises(ValueError, match="its forward has been replaced by method"):
+        accel.patch(attn)
+
+
+# --- none is left ---
+
+LEFT_OUT: dict[str, str] = {}
+"""Classes and functions of transformers' models that are not patched, each with its reason."""
+
+
+def is_sampling(node):
+    """Whether a class or function is multi-scale deformable attention, by its name, its mark or its arguments."""
+    if "multiscaledeform" in node.name.replace("_", "").lower():
+        return True
+    marks = {x.value for d in node.decorator_list for x in ast.walk(d) if isinstance(x, ast.Constant)}
+    arguments = {x.arg for x in ast.walk(node) if isinstance(x, ast.arg)}
+    called = {x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)}
+    return LAYER in marks or ("sampling_locations" in arguments and "grid_sample" in called)
+
+
+def read_by(node):
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
+@functools.cache
+def definitions():
+    """Of every model with anything deformable: its module, and of each class and function in it the name, whether it
+    is a class, whether it is deformable attention, and the names it reads."""
+    found = []
+    for path in sorted(FOLDER.glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "deform" not in text.lower() and "sampling_locations" not in text:
+            continue
+        nodes = [n for n in ast.parse(text).body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
+        facts = [(n.name, isinstance(n, ast.ClassDef), is_sampling(n), read_by(n)) for n in nodes]
+        found.append((f"transformers.models.{path.parent.name}.{path.stem}", facts))
+    return found
+
+
+def unknown(table):
+    """What computes multi-scale deformable attention in the installed models and is neither patched nor explained.
+
+    Known are also the functions that a patched class reads, and the classes that hold one.
+    """
+    left = []
+    for module, facts in definitions():
+        patched = {name: names for name, _, _, names in facts if f"{module}.{name}" in table}
+        covered = {name for name, is_class, *_ in facts if not is_class} & set().union(*patched.values())
+        for name, is_class, sampling, names in facts:
+            known = name in patched or name in covered or (is_class and names & patched.keys())
+            if sampling and not known and f"{module}.{name}" not in LEFT_OUT:
+                left.append(f"{module}.{name}")
+    return left
+
+
+def test_no_multi_scale_deformable_attention_of_transformers_is_left():
+    assert unknown(TABLE) == []
+
+
+@pytest.mark.parametrize("target", ENTRIES.values(), ids=ENTRIES)
+def test_one_that_is_left_would_be_found(target):
+    found = unknown({t: e for t, e in TABLE.items() if t != installed(target)})
+    assert target in found
+    module, _, name = target.rpartition(".")
+    assert getattr(importlib.import_module(module), name).__module__ == module
