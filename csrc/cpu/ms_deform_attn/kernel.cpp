@@ -16,7 +16,7 @@ namespace accel::ACCEL_ISA {
 namespace {
 
 constexpr int POINTS_AT_ONCE = 128;
-constexpr int AHEAD = 8;  // points between the fetch of a row and its use
+constexpr int AHEAD = 6;  // points between the fetch of a row and its use
 
 // The samples of a block of queries of one head.
 class Block {

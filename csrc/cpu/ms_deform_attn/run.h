@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <tuple>
 #include <vector>
 
@@ -49,6 +48,9 @@ inline Params describe(const Tensor& value, const Tensor& positions, const Tenso
 
 constexpr int64_t ROUND_BYTES = int64_t(16) << 20;  // of maps at once, if that is enough for every thread
 constexpr int64_t CACHED_BYTES = 256 << 10;         // of a batch entry's map, which packing would not bring nearer
+constexpr int64_t READS_THAT_PAY = 8;               // of a pixel, for packing its head's map
+constexpr int64_t QUERIES_OF_TASK = 64;
+constexpr int64_t TASKS = 8;  // of a batch entry's backward, which keep as many threads busy
 
 // How often a pixel's row is read, were all samples spread evenly.
 inline int64_t reads(const Params& p) { return 4 * p.queries * p.points / p.pixels; }
@@ -58,20 +60,18 @@ inline int64_t maps_at_once(int64_t bytes, int64_t all) {
   return std::min(all, std::max(threads, ROUND_BYTES / bytes));
 }
 
-inline int64_t knob(const char* name, int64_t otherwise) { const char* s = std::getenv(name); return s ? std::atoll(s) : otherwise; }
-
 inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shape) {
   Tensor out = torch::stable::new_empty(value, shape);
   Forward f{};
   f.p = p;
   f.out = out.mutable_data_ptr();
-  f.chunk = knob("CHUNK", 64);
+  f.chunk = QUERIES_OF_TASK;
   const int64_t all = p.batch * p.heads, chunks = (p.queries + f.chunk - 1) / f.chunk;
   if (all * chunks == 0) return out;
   const int64_t bytes = p.pixels * p.channels * int64_t(value.element_size());
   Tensor maps;
   f.pairs = all;
-  if (reads(p) >= knob("READS", 8) && p.heads > 1 && bytes * p.heads > CACHED_BYTES) {
+  if (reads(p) >= READS_THAT_PAY && p.heads > 1 && bytes * p.heads > CACHED_BYTES) {
     f.row = p.channels;
     f.pairs = maps_at_once(bytes, all);
     maps = torch::stable::new_empty(value, {f.pairs, p.pixels, f.row});
@@ -90,7 +90,7 @@ inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shap
 // Tasks enough for some threads, and in each of them reads enough to pay for a map of its own. By the shape of a batch
 // entry alone, whose gradients do not depend on the others then.
 inline int64_t parts_of(const Params& p) {
-  return std::clamp<int64_t>(std::min(knob("TASKS", 8) / p.heads, reads(p) / 16), 1, std::max<int64_t>(1, p.queries));
+  return std::clamp<int64_t>(std::min(TASKS / p.heads, reads(p) / 16), 1, std::max<int64_t>(1, p.queries));
 }
 
 inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor& value, const Tensor& positions,
@@ -115,7 +115,7 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
   if (all == 0 || !(needs[0] || needs[1] || needs[2])) return {grad_value, grad_positions, grad_weights};
 
   b.parts = parts_of(p);
-  b.packed = needs[0] && reads(p) >= knob("READS", 8);
+  b.packed = needs[0] && reads(p) >= READS_THAT_PAY;
   b.pairs = all;
   Tensor maps;
   if (needs[0] && (b.packed || b.parts > 1 || p.dtype != Dtype::f32)) {
