@@ -106,22 +106,10 @@ inline void load_pairs(const float* p, int n, vf& first, vf& second) {
   second = pick(low, high, std::make_integer_sequence<int, W>{}, 1);
 }
 
-// A whole vector. For bf16, what load() means in one instruction that g++ 12 does not find.
-template <typename T>
-inline vf load_whole(const T* p) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, bf16>) {
-    const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-  }
-#endif
-  return load(p);
-}
-
 // Vector v of a row of NV vectors, the last of which has `last` elements if PART (else whole).
 template <int NV, bool PART, typename T>
 inline vf load_of(const T* row, int v, int last) {
-  return PART && v == NV - 1 ? load_part(row + v * W, last) : load_whole(row + v * W);
+  return PART && v == NV - 1 ? load_part(row + v * W, last) : load(row + v * W);
 }
 template <int NV, bool PART, typename T>
 inline void store_of(T* row, int v, int last, vf x) {

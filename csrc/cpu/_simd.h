@@ -51,8 +51,13 @@ class FlushSubnormals {
 // --- bf16 and fp16 in memory, fp32 in registers ---
 
 inline vf load(const bf16* p) {
+#if defined(__AVX512F__)  // g++ 12 widens in two halves by itself
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+#else
   vh h = *reinterpret_cast<const vh_unaligned*>(p);
   return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
+#endif
 }
 
 inline void store(bf16* p, vf x) {
