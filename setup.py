@@ -3,10 +3,15 @@
 One shared library: pybind11 for build facts, LibTorch's stable ABI for the ops, so that one build serves many torch
 versions. Kernel files (``csrc/cpu/<op>/kernel.cpp``) include no torch header and are compiled once per instruction
 set; which one runs is decided at load time. Ninja does the work; no GPU is needed.
+Where nvcc is found, ``csrc/cuda`` is built in too, against any build of torch: what it needs of a CUDA build is looked
+up when the library loads.
 
 Environment (build only):
     ACCEL_SKIP_NATIVE=1     install without the extension
+    ACCEL_SKIP_CUDA=1       build it without the CUDA kernels
+    ACCEL_CUDA_ARCHS        what to build them for, as "90;100+PTX"; with PTX the driver compiles for later devices
     ACCEL_REQUIRE_NATIVE=1  a failed build is an error instead of a note for ``python -m accel doctor``
+    CUDA_HOME               where nvcc is looked for first, then on PATH and in /usr/local/cuda
     MAX_JOBS                parallel compilations
 """
 
@@ -19,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -33,6 +39,48 @@ X86_LEVELS = [
     ("avx512", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
     ("avx512_bf16", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"]),
 ]
+CUDA_ARCHS = ("80", "90", "100")
+
+
+class Cuda(NamedTuple):
+    """How the CUDA kernels are built, or why they are not."""
+
+    nvcc: str | None
+    missing: str = ""
+
+    @staticmethod
+    def find() -> Cuda:
+        if os.environ.get("ACCEL_SKIP_CUDA") == "1":
+            return Cuda(None, "ACCEL_SKIP_CUDA=1 was set at build time")
+        folders = [f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+        nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
+        return Cuda(nvcc, "" if nvcc else "no nvcc was found at build time")
+
+    def archs(self) -> str:
+        """As "80;90+PTX": what the environment says, else those of ours that this nvcc knows."""
+        if given := os.environ.get("ACCEL_CUDA_ARCHS"):
+            return given
+        known = subprocess.run([str(self.nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        return ";".join([arch for arch in CUDA_ARCHS if f"sm_{arch}" in known]) + "+PTX"
+
+    def define(self) -> str:
+        """What ``build_info()`` tells of it."""
+        name, value = ("ARCHS", self.archs()) if self.nvcc else ("MISSING", self.missing)
+        return f"""-DACCEL_CUDA_{name}='"{value}"'"""
+
+    def compile(self, host: str) -> str:
+        """The command that compiles a .cu, with these flags for the host's compiler."""
+        targets = []
+        for arch in self.archs().split(";"):
+            number = arch.removesuffix("+PTX")
+            code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+            targets.append(f"'-gencode=arch=compute_{number},code={code}'")
+        flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", host.replace(" ", ","), *targets]
+        return f"{self.nvcc} -MD -MF $out.d {' '.join(flags)} -c $in -o $out"
+
+    def link(self) -> str:
+        # nvcc knows where its static runtime is, whose symbols stay inside: torch may bring a runtime of its own
+        return f"{self.nvcc} -shared --no-device-link -Xlinker --exclude-libs=ALL $in $flags -o $out"
 
 
 class BuildNative(build_ext):
@@ -43,17 +91,24 @@ class BuildNative(build_ext):
         if os.environ.get("ACCEL_SKIP_NATIVE") == "1":
             log.write_text("the native extension was left out: ACCEL_SKIP_NATIVE=1 at install time\n")
             return
-        try:
-            self._build(ext)
+        required, cuda = os.environ.get("ACCEL_REQUIRE_NATIVE") == "1", Cuda.find()
+        failures = []
+        for attempt in [cuda] if required or not cuda.nvcc else [cuda, Cuda(None, "compiling them failed")]:
+            try:
+                self._build(ext, attempt)
+                break
+            except Exception as error:
+                if required:
+                    raise
+                part = "CUDA kernels were" if attempt.nvcc else "native extension was"
+                failures.append(f"the {part} not built: {error}")
+                print(failures[-1], file=sys.stderr)
+        if failures:
+            log.write_text("\n".join([*failures, ""]))
+        else:
             log.unlink(missing_ok=True)
-        except Exception as error:
-            if os.environ.get("ACCEL_REQUIRE_NATIVE") == "1":
-                raise
-            text = f"the native extension was not built: {error}"
-            log.write_text(text + "\n")
-            print(text, file=sys.stderr)
 
-    def _build(self, ext: Extension) -> None:
+    def _build(self, ext: Extension, cuda: Cuda) -> None:
         try:
             import ninja
             import pybind11
@@ -76,12 +131,13 @@ class BuildNative(build_ext):
         includes = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
         warnings = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # last: gcc 12's headers
         numerics = "-ffp-contract=fast -fno-math-errno"
-        common = f"-std=c++20 -O3 -fPIC -fvisibility=hidden {warnings} {numerics} -ffile-prefix-map={ROOT}=."
+        shared = f"-fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}=."
+        common = f"-std=c++20 -O3 {shared} {warnings} {numerics}"
         binding = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DTORCH_STABLE_ONLY",
-            f'-DACCEL_TORCH_VERSION=\\"{torch.__version__}\\" -DACCEL_CUDA_ARCHS=\\"\\"',
             *(f"-isystem {path}" for path in includes),
         ]
+        facts = [f'-DACCEL_TORCH_VERSION=\\"{torch.__version__}\\"', cuda.define()]
 
         levels = X86_LEVELS if platform.machine() in ("x86_64", "AMD64") else [PORTABLE]
         objects: list[str] = []
@@ -89,7 +145,8 @@ class BuildNative(build_ext):
             writer = ninja_syntax.Writer(file)
             command = f"{compiler} -MMD -MF $out.d {common} $flags -c $in -o $out"
             writer.rule("cxx", command, depfile="$out.d", deps="gcc", description="$out")
-            writer.rule("link", f"{compiler} -shared $in $flags -o $out", description="$out")
+            link = cuda.link() if cuda.nvcc else f"{compiler} -shared $in $flags -o $out"
+            writer.rule("link", link, description="$out")
             # Ascending levels: of an inline function emitted twice the linker keeps the first, the most portable.
             for name, width, flags in levels:
                 for source in sorted((ROOT / "csrc/cpu").glob("*/kernel.cpp")):
@@ -97,11 +154,18 @@ class BuildNative(build_ext):
                     defines = [f"-DACCEL_ISA={name}", f"-DACCEL_WIDTH={width}"]
                     writer.build(out, "cxx", str(source), variables={"flags": " ".join([*flags, *defines])})
                     objects.append(out)
-            for source in [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*/binding.cpp"))]:
-                out = f"{source.parent.name}.{source.stem}.o"
-                writer.build(out, "cxx", str(source), variables={"flags": " ".join(binding)})
-                objects.insert(0, out)
-            flags = f"-L{libraries} -Wl,--no-as-needed -ltorch -ltorch_cpu"
+            bindings = sorted((ROOT / "csrc/cpu").glob("*/binding.cpp"))
+            if cuda.nvcc:
+                writer.rule("cuda", cuda.compile(shared), depfile="$out.d", deps="gcc", description="$out")
+                for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                    objects.insert(0, f"{source.name}.o")
+                    writer.build(objects[0], "cuda", str(source))
+                bindings += sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+            for source in [ROOT / "csrc/bindings.cpp", *bindings]:
+                objects.insert(0, f"{source.parent.name}.{source.stem}.o")
+                flags = " ".join([*binding, *(facts if source.stem == "bindings" else [])])
+                writer.build(objects[0], "cxx", str(source), variables={"flags": flags})
+            flags = f"-L{libraries} -Xlinker --no-as-needed -ltorch -ltorch_cpu"
             if sys.platform == "darwin":
                 flags = f"-undefined dynamic_lookup -L{libraries} -ltorch -ltorch_cpu"
             writer.build(str(target), "link", objects, variables={"flags": flags})
@@ -109,7 +173,7 @@ class BuildNative(build_ext):
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder), *jobs]
         result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode:
-            raise RuntimeError(f"{compiler} failed:\n{result.stdout[-4000:]}")
+            raise RuntimeError(f"the compiler failed:\n{result.stdout[-4000:]}")
         if "warning:" in result.stdout:
             print(result.stdout)
 

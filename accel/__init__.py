@@ -9,6 +9,8 @@ from accel.ops._attention_rules import BlockCausal, BlockDiffusion, Grid2D, Pref
 from accel.ops.deform_attention2d import deform_attention2d
 from accel.ops.deform_conv2d import deform_conv2d
 from accel.ops.ms_deform_attn import ms_deform_attn
+from accel.ops.ps_roi_align import ps_roi_align
+from accel.ops.ps_roi_pool import ps_roi_pool
 from accel.ops.softmax_attention import softmax_attention
 from accel.ops.window_attention import window_attention
 from accel.packing import pad, unpad
@@ -29,6 +31,8 @@ __all__ = [
     "pad",
     "patch",
     "patch_functions",
+    "ps_roi_align",
+    "ps_roi_pool",
     "scaled_dot_product_attention",
     "softmax_attention",
     "unpad",

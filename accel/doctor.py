@@ -61,6 +61,12 @@ def compiler() -> str | None:
     return next((line for name in names if (line := first_line(*name.split(), "--version"))), None)
 
 
+def nvcc() -> str | None:
+    """Where ``setup.py`` finds it."""
+    folders = [f"{os.environ.get('CUDA_HOME', '')}/bin", os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
 def built_for_cuda(package: str) -> str | None:
     """The local version (``cu130``) of a CUDA build, read from the package's ``version.py`` without importing it.
 
@@ -91,7 +97,7 @@ def examine() -> Report:
     """Everything the doctor knows, as plain data."""
     report: Report = {
         "versions": {"python": platform.python_version(), **{p: installed(p) for p in PACKAGES}},
-        "tools": {"compiler": compiler(), "nvcc": first_line("nvcc", "--version", pattern=r"release [\d.]+")},
+        "tools": {"compiler": compiler(), "nvcc": first_line(nvcc() or "nvcc", "--version", pattern=r"release [\d.]+")},
         "devices": [],
         "cpu": {"machine": platform.machine(), "cores": os.cpu_count(), "torch_level": None},
         "extension": {"loaded": False, "reason": None},
@@ -162,9 +168,14 @@ def _examine_accel(report: Report, torch: Any) -> None:
             report["extension"]["build"] = dict(extension.build_info())
         except Exception as error:
             report["extension"]["reason"] = f"build_info() failed: {type(error).__name__}: {error}"
+    build = report["extension"].get("build", {})
     log = ROOT / "_build_log.txt"
-    if extension is None and log.is_file():
+    if not build.get("cuda_archs") and log.is_file():
         report["extension"]["build_log"] = log.read_text(errors="replace").strip()
+    if build and not build.get("cuda_archs") and report["devices"]:
+        why = build.get("cuda_missing") or "it was built without them"
+        mend = rebuild_command() if nvcc() else f"install the CUDA toolkit (nvcc), then: {rebuild_command()}"
+        _problem(report, f"the native extension has no CUDA kernels: {why}", mend, fatal=False)
     devices = ["cpu", "cuda"] if report["devices"] else ["cpu"]
     for name, op in dispatch.OPS.items():
         report["ops"][name] = {device: _examine_op(report, dispatch, op, torch, device) for device in devices}
@@ -227,7 +238,8 @@ def render(report: Report) -> str:
     for name, value in extension.get("build", {}).items():
         rows.append((f"  {name}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else value or "none"))
     if "build_log" in extension:
-        rows.append(("  build log", extension["build_log"].splitlines()[-1]))
+        said = extension["build_log"].splitlines()
+        rows.append(("  build log", next((line for line in said if re.search(r"\b(error|fatal)\b", line)), said[-1])))
     rows.append(("triton", "loaded" if triton["loaded"] else f"not loaded: {triton['reason'] or 'not tried'}"))
     lines += _table(rows)
     for op, devices in report["ops"].items():

@@ -9,6 +9,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/_isa.h"
+#ifdef ACCEL_CUDA_ARCHS
+#include "cuda/_runtime.h"
+#endif
 
 namespace accel {
 
@@ -66,9 +69,20 @@ PYBIND11_MODULE(_C, m) {
     info["isa_highest"] = accel::ISA_NAMES[int(accel::highest_isa())];
     info["isa"] = accel::ISA_NAMES[int(accel::isa())];
     info["torch_built"] = ACCEL_TORCH_VERSION;
+#ifdef ACCEL_CUDA_ARCHS
     info["cuda_archs"] = ACCEL_CUDA_ARCHS;
+#else
+    info["cuda_archs"] = "";
+    info["cuda_missing"] = ACCEL_CUDA_MISSING;
+#endif
     return info;
   }, "Compiler, instruction-set levels (built, highest here, in use), torch built against, CUDA architectures.");
+#ifdef ACCEL_CUDA_ARCHS
+  m.def("cuda_error", [](int device) -> std::string {
+    int error = accel_cuda_probe(device);
+    return error ? accel_cuda_text(error) : "";
+  }, py::arg("device"), "Why the CUDA kernels cannot run on a device, in the driver's words; empty if they can.");
+#endif
   m.def("set_isa", [](const std::string& name) {
     for (int i = 0; i <= int(accel::highest_isa()); ++i)
       if (name == accel::ISA_NAMES[i]) return accel::set_isa(accel::Isa(i));

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_well(capsys):
     assert "window_attention on cpu\n  cpu        yes\n" in text
     assert "isa_built       portable, avx2" in text
     assert "PROBLEM" not in text
+    assert "  cuda       no: the tensors are on cpu\n" in text
 
 
 @pytest.mark.usefixtures("works")
@@ -105,6 +107,13 @@ def test_the_failed_build_is_told(capsys, monkeypatch, tmp_path):
     assert "to mend: install a C++20 compiler" in text
     assert "pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir accel-kernels" in text
     assert "9.9" in text
+
+
+def test_a_build_log_is_shown_by_its_first_error():
+    said = "[1/2] x.o\nnvcc fatal   : Unsupported gpu architecture\nninja: build stopped: subcommand failed."
+    report = {"loaded": True, "reason": None, "build": {"cuda_archs": ""}, "build_log": said}
+    text = doctor.render({**doctor.examine(), "extension": report})
+    assert re.search(r"build log +nvcc fatal   : Unsupported gpu architecture\n", text)
 
 
 @pytest.mark.usefixtures("works")
@@ -164,6 +173,25 @@ def test_a_gpu_with_a_cpu_torch_is_named(capsys, monkeypatch):
         doctor, "first_line", lambda *c, **k: "GPU 0: NVIDIA H200" if c[0] == "nvidia-smi" else seen(*c, **k)
     )
     assert "note: this machine has GPU 0: NVIDIA H200 but torch" in ask(capsys)[1]
+
+
+@pytest.mark.parametrize("toolkit", [None, "/opt/cuda/bin/nvcc"])
+def test_a_gpu_without_cuda_kernels_is_told_why(toolkit, monkeypatch):
+    class Extension:
+        @staticmethod
+        def build_info():
+            return {"cuda_archs": "", "cuda_missing": "no nvcc was found at build time"}
+
+    monkeypatch.setitem(dispatch._leaves, "accel._C", (Extension, None))
+    monkeypatch.setattr(doctor, "nvcc", lambda: toolkit)
+    monkeypatch.setattr(doctor, "_examine_op", lambda *args: {})
+    report = {"devices": [{"name": "NVIDIA H200", "architecture": "sm_90"}], "extension": {}, "ops": {}, "problems": []}
+    doctor._examine_accel(report, pytest.importorskip("torch"))
+    (problem,) = report["problems"]
+    assert problem["what"] == "the native extension has no CUDA kernels: no nvcc was found at build time"
+    assert problem["mend"].endswith("setup.py build_ext --inplace")
+    assert ("install the CUDA toolkit" in problem["mend"]) == (toolkit is None)
+    assert not problem["fatal"], "Triton computes the same"
 
 
 @pytest.mark.parametrize(

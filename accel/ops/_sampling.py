@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -117,3 +118,53 @@ def why_not_triton(name: str, args: Any) -> str | None:
     if reason is not None:
         return reason
     return dispatch.leaf(f"accel.kernels.{name}")[0].why_not(args) or why_not_dtype(args[0])
+
+
+@functools.cache
+def _why_not_device(extension: Any, index: int) -> str | None:
+    build = extension.build_info()
+    if not build["cuda_archs"]:
+        return f"the CUDA kernels were not built: {build.get('cuda_missing')}"
+    with torch.cuda.device(index):
+        error = extension.cuda_error(index)
+    if error:
+        return f"the CUDA kernels, built for {build['cuda_archs']}, do not run on {_name_of(index)}: {error}"
+    return None
+
+
+def _name_of(index: int) -> str:
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
+
+
+@torch.compiler.assume_constant_result  # the extension cannot be traced, and its answer does not change
+def _why_not_built(index: int) -> str | None:
+    extension, reason = dispatch.leaf("accel._C")
+    return reason or _why_not_device(extension, index)
+
+
+def why_not_cuda(main: Tensor, sizes: dict[str, int], queries: int, points: int) -> str | None:
+    """Why the CUDA kernels of ``accel._C`` cannot compute an op on ``main``.
+
+    ``sizes`` are the map's: ``batch``, ``pixels``, ``heads``, ``channels`` of a head. Every query and head takes
+    ``points`` samples.
+    """
+    if main.device.type != "cuda":
+        return f"the tensors are on {main.device.type}"
+    reason = _why_not_built(main.device.index) or why_not_dtype(main)
+    if reason is not None:
+        return reason
+    batch, pixels, heads, channels = (sizes[name] for name in ("batch", "pixels", "heads", "channels"))
+    counted = {  # what the kernels and their grids count, and what they count to
+        "pixels": (pixels, 30),
+        "outputs": (queries, 27),
+        "samples of a head": (queries * points, 31),
+        "channels of a head": (channels, 21),
+        "channels": (heads * channels, 31),
+        "heads of all images": (batch * heads, 31),
+        "outputs of all heads": (batch * queries * heads, 33),
+    }
+    for name, (count, bits) in counted.items():
+        if count >= 2**bits:
+            return f"it takes fewer than 2^{bits} {name}, not {count}"
+    return None

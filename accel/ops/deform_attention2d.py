@@ -79,11 +79,23 @@ def _why_not_cpu(args: Args) -> str | None:
     return _sampling.why_not_cpu(args.input)
 
 
-def _cpu_forward(*args: Any) -> Any:
+def _why_not_cuda(args: Args) -> str | None:
+    batch, height, width, channels = args.input.shape
+    _, rows, columns, groups, taps = args.mask.shape
+    sizes = {"batch": batch, "pixels": height * width, "heads": groups, "channels": channels // groups}
+    reason = _sampling.why_not_cuda(args.input, sizes, rows * columns, taps)
+    line = max(height + 2 * args.padding[0], width + 2 * args.padding[1])
+    if reason is None and line >= 2**30:
+        return f"it takes padded lines of fewer than 2^30 pixels, not {line}"
+    return reason
+
+
+# of accel._C: torch calls the kernel of the device on which the tensors are
+def _native_forward(*args: Any) -> Any:
     return torch.ops.accel_native.deform_attention2d_forward.default(*args)
 
 
-def _cpu_backward(*args: Any) -> Any:
+def _native_backward(*args: Any) -> Any:
     return torch.ops.accel_native.deform_attention2d_backward.default(*args)
 
 
@@ -209,16 +221,19 @@ def _prepare(
         taps -= 1
     ho, wo = _sampling.output_size(input.shape[1:3], kernel, strides, paddings, dilations)
     n, _, _, channels = input.shape
-    shown = f"for {tuple(input.shape)=}, {kernel_size=}, {stride=}, {padding=}, {dilation=}, {remove_center=}"
+
+    def shown() -> str:  # only where something is wrong: torch.compile cannot print sizes that vary
+        return f"for {tuple(input.shape)=}, {kernel_size=}, {stride=}, {padding=}, {dilation=}, {remove_center=}"
+
     if offset.dim() != 6 or (*offset.shape[:3], *offset.shape[4:]) != (n, ho, wo, taps, 2):
-        raise ValueError(f"offset must be ({n}, {ho}, {wo}, G, {taps}, 2) {shown}, got {tuple(offset.shape)=}")
+        raise ValueError(f"offset must be ({n}, {ho}, {wo}, G, {taps}, 2) {shown()}, got {tuple(offset.shape)=}")
     groups = offset.shape[3]
     if groups == 0 or channels % groups:
         raise ValueError(
             f"the groups of offset must divide {channels} channels, got G = {groups} in {tuple(offset.shape)=}"
         )
     if tuple(mask.shape) != (n, ho, wo, groups, taps):
-        raise ValueError(f"mask must be ({n}, {ho}, {wo}, {groups}, {taps}) {shown}, got {tuple(mask.shape)=}")
+        raise ValueError(f"mask must be ({n}, {ho}, {wo}, {groups}, {taps}) {shown()}, got {tuple(mask.shape)=}")
 
     input = library.autocast(input)
     inner = inner_dtype(input)
@@ -340,9 +355,13 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", _why_not_cpu, _native_forward, _native_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            # no measurement has ordered these two yet
             dispatch.Backend(
                 "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+            ),
+            dispatch.Backend(
+                "cuda", _why_not_cuda, _native_forward, _native_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),

@@ -242,9 +242,12 @@ def _prepare(
     )
     ho, wo = _sampling.output_size(input.shape[2:], (kh, kw), strides, paddings, dilations)
     taps = kh * kw
-    shown = f"for {tuple(input.shape)=}, {tuple(weight.shape)=}, {stride=}, {padding=}, {dilation=}"
+
+    def shown() -> str:  # only where something is wrong: torch.compile cannot print sizes that vary
+        return f"for {tuple(input.shape)=}, {tuple(weight.shape)=}, {stride=}, {padding=}, {dilation=}"
+
     if offset.dim() != 4 or offset.shape[0] != n or offset.shape[2] != ho or offset.shape[3] != wo:
-        raise ValueError(f"offset must be ({n}, 2*G*{taps}, {ho}, {wo}) {shown}, got {tuple(offset.shape)=}")
+        raise ValueError(f"offset must be ({n}, 2*G*{taps}, {ho}, {wo}) {shown()}, got {tuple(offset.shape)=}")
     offset_groups = offset.shape[1] // (2 * taps)
     if offset_groups == 0 or offset.shape[1] % (2 * taps) or channels % offset_groups:
         raise ValueError(
@@ -255,7 +258,7 @@ def _prepare(
     if mask is not None and tuple(mask.shape) != (n, offset_groups * taps, ho, wo):
         raise ValueError(
             f"mask must be ({n}, {offset_groups * taps}, {ho}, {wo}), one for each of {offset_groups} x {taps} taps, "
-            f"{shown}, got {tuple(mask.shape)=}"
+            f"{shown()}, got {tuple(mask.shape)=}"
         )
     if bias is not None and tuple(bias.shape) != (out_channels,):
         raise ValueError(f"bias must be ({out_channels},), got {tuple(bias.shape)=}")

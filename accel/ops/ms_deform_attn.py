@@ -14,6 +14,8 @@ from accel.ops import _sampling
 from accel.ops._attention_arguments import _may_remember, _Recent
 from accel.ops._sampling import KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
 
+CUDA_LEVELS = 16  # as in csrc/cuda/ms_deform_attn.h
+
 
 class Args(NamedTuple):
     """The checked arguments every backend receives. P is the number of points of all levels, level by level."""
@@ -64,11 +66,21 @@ def _why_not_cpu(args: Args) -> str | None:
     return _sampling.why_not_cpu(args.value)
 
 
-def _cpu_forward(*args: Any) -> Any:
+def _why_not_cuda(args: Args) -> str | None:
+    batch, pixels, heads, channels = args.value.shape
+    sizes = {"batch": batch, "pixels": pixels, "heads": heads, "channels": channels}
+    reason = _sampling.why_not_cuda(args.value, sizes, args.sampling_locations.shape[1], sum(args.num_points))
+    if reason is None and len(args.num_points) > CUDA_LEVELS:
+        return f"it takes up to {CUDA_LEVELS} levels, not {len(args.num_points)}"
+    return reason
+
+
+# of accel._C: torch calls the kernel of the device on which the tensors are
+def _native_forward(*args: Any) -> Any:
     return torch.ops.accel_native.ms_deform_attn_forward.default(*args)
 
 
-def _cpu_backward(*args: Any) -> Any:
+def _native_backward(*args: Any) -> Any:
     return torch.ops.accel_native.ms_deform_attn_backward.default(*args)
 
 
@@ -243,10 +255,13 @@ def _read_starts(
 
 def _read_points(num_points: int | Sequence[int] | None, levels: int, locations: Tensor) -> list[int]:
     """Points of each level, from ``num_points`` and the axes of the locations."""
-    shown = f"for {levels} levels and {tuple(locations.shape)=}"
+
+    def shown() -> str:  # only where something is wrong: torch.compile cannot print sizes that vary
+        return f"for {levels} levels and {tuple(locations.shape)=}"
+
     if num_points is None:
         if locations.dim() != 6:
-            raise ValueError(f"num_points must say how many points each level has {shown}, got {num_points=}")
+            raise ValueError(f"num_points must say how many points each level has {shown()}, got {num_points=}")
         return [locations.shape[4]] * levels
     try:
         if isinstance(num_points, Sequence):
@@ -256,11 +271,11 @@ def _read_points(num_points: int | Sequence[int] | None, levels: int, locations:
     except TypeError:
         raise TypeError(f"num_points must be an integer or one for each level, got {num_points=}") from None
     if len(out) != levels or min(out) < 0:
-        raise ValueError(f"num_points must be one number for each level, none negative, {shown}, got {num_points=}")
+        raise ValueError(f"num_points must be one number for each level, none negative, {shown()}, got {num_points=}")
     if locations.dim() == 6 and out != [locations.shape[4]] * levels:
-        raise ValueError(f"num_points must be {[locations.shape[4]] * levels} {shown}, got {num_points=}")
+        raise ValueError(f"num_points must be {[locations.shape[4]] * levels} {shown()}, got {num_points=}")
     if locations.dim() == 5 and sum(out) != locations.shape[3]:
-        raise ValueError(f"num_points must sum to {locations.shape[3]} {shown}, got {num_points=}")
+        raise ValueError(f"num_points must sum to {locations.shape[3]} {shown()}, got {num_points=}")
     return out
 
 
@@ -404,9 +419,13 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", _why_not_cpu, _native_forward, _native_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            # no measurement has ordered these two yet
             dispatch.Backend(
                 "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+            ),
+            dispatch.Backend(
+                "cuda", _why_not_cuda, _native_forward, _native_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),

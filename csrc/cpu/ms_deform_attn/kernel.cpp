@@ -1,8 +1,8 @@
 // Sums of weighted samples on the CPU: the core of ms_deform_attn and deform_attention2d, forward and backward.
 //
-// A block of queries of one head at a time: corners and weights of all its points are computed in whole vectors, then
-// the rows of the corners are summed, fetched some points ahead. Backward reads each corner's row once, for its product
-// with the upstream gradient, and adds to the same pixel's gradient on the way.
+// A block of queries of one head at a time: corners and weights of all its points are computed in whole vectors, while
+// the positions of the next block are fetched, then the rows of the corners are summed. Backward reads each corner's row
+// once, for its product with the upstream gradient, and adds to the same pixel's gradient on the way.
 
 #include "params.h"
 
@@ -16,7 +16,7 @@ namespace accel::ACCEL_ISA {
 namespace {
 
 constexpr int POINTS_AT_ONCE = 128;
-constexpr int AHEAD = 6;  // points between the fetch of a row and its use
+constexpr int AHEAD = 6;  // points between the fetch of a row and its use in backward; forward gains nothing by it
 
 // The samples of a block of queries of one head.
 class Block {
@@ -164,16 +164,12 @@ void forward(const Forward& f, int64_t from, int64_t to) {
   Block b(p);
   Buffer none(D);
   std::fill(none.data(), none.end(), 0.0f);
+  Map<const T> map{nullptr, f.packed ? f.row : p.heads * D, reinterpret_cast<const T*>(none.data()), {}};
   for (int64_t unit = from; unit < to; ++unit) {
     const int64_t pair = f.first_pair + unit / chunks, n = pair / p.heads, m = pair % p.heads;
     const int64_t begin = unit % chunks * f.chunk, end = std::min(begin + f.chunk, p.queries);
-    Map<const T> map{nullptr, f.row, reinterpret_cast<const T*>(none.data()), {}};
-    if (f.packed) {
-      map.rows = static_cast<const T*>(f.packed) + unit / chunks * p.pixels * f.row;
-    } else {
-      map.rows = static_cast<const T*>(p.value) + (n * p.pixels * p.heads + m) * D;
-      map.stride = p.heads * D;
-    }
+    map.rows = f.packed ? static_cast<const T*>(f.packed) + unit / chunks * p.pixels * f.row
+                        : static_cast<const T*>(p.value) + (n * p.pixels * p.heads + m) * D;
     for (int64_t query = begin; query < end; query += b.most) {
       const int queries = int(std::min<int64_t>(b.most, end - query));
       b.move_to<true>(n, m, query, queries);

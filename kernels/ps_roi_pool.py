@@ -1,0 +1,28 @@
+"""Position-sensitive pooling in Triton; the kernels are in ``_ps_roi.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from accel.kernels import _blocks, _ps_roi
+from accel.kernels._ps_roi import why_not
+
+__all__ = ["backward", "compile_cases", "forward", "why_not"]
+
+
+def forward(input: Tensor, boxes: Tensor, output_size: list[int], spatial_scale: float) -> Tensor:
+    """The output; arguments are the fields of ``accel.ops.ps_roi_pool.Args``."""
+    return _ps_roi.forward(input, boxes, output_size, spatial_scale, _ps_roi.POOL)
+
+
+def backward(
+    grad_out: Tensor, boxes: Tensor, input_size: list[int], output_size: list[int], spatial_scale: float
+) -> Tensor:
+    """The gradient of the input."""
+    return _ps_roi.backward(grad_out, boxes, input_size, output_size, spatial_scale, _ps_roi.POOL)
+
+
+def compile_cases() -> Iterator[_blocks.CompileCase]:
+    return _ps_roi.compile_cases([_ps_roi.POOL])
