@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from accel.benchmarks import deform_conv2d, models, report, softmax_attention, window_attention
+from accel.benchmarks import deform_conv2d, models, ms_deform_attn, report, softmax_attention, window_attention
 from accel.benchmarks._machine import Load, device_name, environment, measure_ceilings, pin_allocator
 from accel.benchmarks.harness import (
     FULL,
@@ -34,7 +34,9 @@ from accel.benchmarks.harness import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EFFORTS = {"quick": QUICK, "normal": NORMAL, "full": FULL}
-OPS: dict[str, Any] = {module.NAME: module for module in (window_attention, softmax_attention, deform_conv2d)}
+OPS: dict[str, Any] = {
+    module.NAME: module for module in (window_attention, softmax_attention, deform_conv2d, ms_deform_attn)
+}
 GOALS: tuple[Goal, ...] = (*(goal for module in OPS.values() for goal in module.GOALS), *models.GOALS)
 PROVIDERS = tuple(dict.fromkeys(name for module in OPS.values() for name in module.PROVIDERS))
 DENORMALS = (

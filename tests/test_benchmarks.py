@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 import accel
-from accel.benchmarks import _machine, harness, models, report, run, softmax_attention, window_attention
+from accel.benchmarks import _machine, harness, models, ms_deform_attn, report, run, softmax_attention, window_attention
 from accel.benchmarks.harness import Case, Contender, Cost, Effort, Goal, Provider, Row, Sample
 from accel.ops.softmax_attention import OP
 
 CEILINGS = _machine.Ceilings(((1 << 20, 4e9), (1 << 30, 1e9)), {"fp32": 1e9, "bf16": 2e9})
 EFFORT = Effort(warmup=1, rounds=3, seconds=0.0, most=3, retries=0)
+HALF_TOO = (torch.float32, torch.bfloat16)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -328,7 +329,7 @@ class _Rounded(torch.autograd.Function):
         return grad.bfloat16().float()
 
 
-@pytest.mark.parametrize("module", [window_attention, softmax_attention], ids=lambda module: module.NAME)
+@pytest.mark.parametrize("module", run.OPS.values(), ids=run.OPS)
 def test_every_goal_is_about_rows_that_exist(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = [torch.float32, torch.bfloat16]
     for device in ("cpu", "cuda"):
@@ -352,7 +353,19 @@ def test_every_goal_is_about_rows_that_exist(module: Any, monkeypatch: pytest.Mo
                     if all(_field(case, dtype, mode, n) == value for n, value in where.items())
                 ]
                 assert matching, goal.name
-                assert all({goal.of, goal.rival or goal.of} <= names for names in matching), goal.name
+                rivals = (goal.rival or goal.of).split("|")
+                assert all({goal.of, *rivals} <= names for names in matching), goal.name
+
+
+def test_the_slowest_of_several_rivals_counts() -> None:
+    def row(provider: str, dtype: str, ms: float) -> Row:
+        return Row("op", "g", "", "8", dtype, "forward", "cpu", provider, p50_ms=ms)
+
+    times = {"fp32": {"accel": 2.0, "a": 3.0, "b": 5.0, "c": 9.0}, "bf16": {"accel": 2.0, "b": 1.0, "a": 5.0}}
+    rows = [row(provider, dtype, ms) for dtype, by in times.items() for provider, ms in by.items()]
+    goal = Goal("g", "op", "speedup", "cpu", {}, "a|b", at_least=1.0)
+    assert harness.reach(goal, rows, {}).measured == pytest.approx(2.5)
+    assert harness.reach(dataclasses.replace(goal, rival="a"), rows, {}).measured == pytest.approx((1.5 * 2.5) ** 0.5)
 
 
 def _field(case: Case, dtype: str, mode: str, name: str) -> str:
@@ -473,6 +486,30 @@ def test_costs_are_those_of_the_memory_floor() -> None:
     tokens = 64 * 56 * 56
     assert cost["forward"] == Cost(4 * tokens * 49 * 96, 8 * tokens * 96)
     assert cost["backward"] == Cost(10 * tokens * 49 * 96, 14 * tokens * 96)
+
+
+# --- multi-scale deformable attention's rival ---
+
+
+@pytest.mark.parametrize("variant", ["uniform", "local"])
+def test_the_rival_of_ms_deform_attn_computes_the_same(variant: str) -> None:
+    levels = ((9, 13), (5, 7), (2, 3))
+    shape = ms_deform_attn.Shape("small", variant, 0, 2, 3, 8, levels)
+    for case in (ms_deform_attn._case(shape, "cpu", dtype, harness.MODES, ["accel", "eager"]) for dtype in HALF_TOO):
+        for row in _rows(case):
+            assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
+    inputs = [x.double() for x in ms_deform_attn._inputs(shape, "cpu", torch.float32)(torch.Generator().manual_seed(0))]
+    by_queries = ms_deform_attn.reference(shape, at_once=100)(*inputs)
+    assert torch.equal(by_queries, ms_deform_attn.ours(shape, "reference")(*inputs))
+
+
+def test_local_locations_are_near_their_query() -> None:
+    shape = next(s for s in ms_deform_attn._shapes(1) if s.variant == "local")
+    _, locations, weights = ms_deform_attn._inputs(shape, "cpu", torch.float32)(torch.Generator().manual_seed(0))
+    assert torch.allclose(weights.sum((3, 4)), torch.ones(()))
+    assert locations.shape[1] == shape.count == 22223
+    x, y = locations[0, 30 * 167 + 120, :, 0].mean((0, 1)).tolist()  # row 30, column 120 of the first level
+    assert (x * 167, y * 100) == pytest.approx((120.5, 30.5), abs=2.5)
 
 
 # --- a run ---
