@@ -224,9 +224,11 @@ def why_not(args: Any) -> str | None:
         return f"{taps} taps of {height} x {width} pixels are more than 32-bit keys can number"
     out_channels, per_group = args.weight.shape[:2]
     offset_groups = _offset_groups(args)
-    segment = math.gcd(channels // offset_groups, per_group)
-    channel_blocks = channels // segment * -(-segment // 16)
-    out_blocks = channels // per_group * -(-out_channels * per_group // channels // 16)
+    groups = channels // per_group
+    # at most: sizes that torch.compile lets vary have no greatest common divisor
+    segments = max(groups, offset_groups) if groups == 1 or offset_groups == 1 else channels
+    channel_blocks = segments + channels // 16
+    out_blocks = groups * -(-out_channels // groups // 16)
     tiles = n * -(-max(outputs, height * width) // 16)
     if tiles * max(channel_blocks, out_blocks, taps * offset_groups) >= 2**30:
         return f"{tuple(args.input.shape)=} and {tuple(args.offset.shape)=} are more than one launch can number"

@@ -526,3 +526,15 @@ def test_double_runs_on_the_reference_alone():
     for backend in ("cpu", "triton"):
         with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot run this call: ."):
             accel.deform_attention2d(**tensors, **kwargs, backend=backend)
+
+
+def test_compiled_where_every_size_varies():
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def compiled(input, offset, mask, scale):
+        return accel.deform_attention2d(input, offset, mask, kernel_size=3, padding=1, offset_scale=scale)
+
+    for batch, groups, size, scale in ((2, 2, 4, 1.0), (3, 3, 5, 0.5), (4, 5, 6, 2.0)):
+        input, spots = torch.randn(batch, size, size + 1, 4 * groups), (batch, size, size + 1, groups, 9)
+        offset, mask = torch.randn(*spots, 2), torch.randn(spots)
+        want = accel.deform_attention2d(input, offset, mask, kernel_size=3, padding=1, offset_scale=scale)
+        assert torch.equal(compiled(input, offset, mask, scale), want)

@@ -589,3 +589,19 @@ def test_double_runs_on_the_reference_alone():
     for backend in ("cpu", "triton"):
         with pytest.raises(NotImplementedError, match=f"backend '{backend}' cannot run this call: ."):
             accel.deform_conv2d(**tensors, **kwargs, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_where_every_size_varies(dtype):
+    """In fp64 kernels refuse, and those of Triton are asked as well."""
+    generator = torch.Generator().manual_seed(0)
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=True)
+    def compiled(x, offset, weight):
+        return accel.deform_conv2d(x, offset, weight, padding=1)
+
+    for channels, size in ((4, 5), (6, 7), (10, 4)):
+        x = torch.randn(2, channels, size, size + 1, generator=generator, dtype=dtype)
+        weight = torch.randn(channels + 2, channels, 3, 3, generator=generator, dtype=dtype)
+        offset = torch.randn(2, 18, size, size + 1, generator=generator, dtype=dtype)
+        assert torch.equal(compiled(x, offset, weight), accel.deform_conv2d(x, offset, weight, padding=1))

@@ -115,7 +115,7 @@ def prepare(
             f"{output_size=}, got {channels} in {tuple(input.shape)=}"
         )
     scale = float(spatial_scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"spatial_scale must be finite, got {spatial_scale=}")
     input = library.autocast(input)
     return input.contiguous(), _join(boxes, input), size, scale

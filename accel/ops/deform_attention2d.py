@@ -212,7 +212,7 @@ def _prepare(
     strides = _sampling.pair(stride, "stride", 1)
     paddings = _sampling.pair(padding, "padding", 0)
     dilations = _sampling.pair(dilation, "dilation", 1)
-    if not math.isfinite(offset_scale):
+    if not -math.inf < offset_scale < math.inf:
         raise ValueError(f"offset_scale must be finite, got {offset_scale=}")
     taps = kernel[0] * kernel[1]
     if remove_center:

@@ -305,9 +305,9 @@ def _prepare(
     if all([isinstance(x, Tensor) for x in (q, k, v)]) and q.device == k.device == v.device:
         q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
     check_qkv(q, k, v)
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be finite, got {scale=}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0.0):
+    if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive, or None for none, got {softcap=}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p=}")

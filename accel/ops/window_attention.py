@@ -338,7 +338,7 @@ def _prepare(
         raise ValueError(f"shift_size must be at least 0 and below window_size, got {shift_size=}, {window_size=}")
     if pad_order not in ("pad_then_roll", "roll_then_pad"):
         raise ValueError(f"pad_order must be 'pad_then_roll' or 'roll_then_pad', got {pad_order=}")
-    if not math.isfinite(mask_value):
+    if not -math.inf < mask_value < math.inf:
         raise ValueError(f"mask_value is added to logits and must be finite, got {mask_value=}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p=}")
