@@ -128,7 +128,8 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         libraries = Path(torch.__file__).parent / "lib"
-        includes = [*include_paths(), pybind11.get_include(), sysconfig.get_paths()["include"]]
+        # pybind11's own headers first: torch 2.11 brings a copy that refuses to stand beside the stable ABI
+        includes = [pybind11.get_include(), *include_paths(), sysconfig.get_paths()["include"]]
         warnings = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # last: gcc 12's headers
         numerics = "-ffp-contract=fast -fno-math-errno"
         shared = f"-fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}=."

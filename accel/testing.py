@@ -62,6 +62,14 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("softmax_few_grad", torch.float32): Tolerance(3e-6, 3e-5),
     ("softmax_few_grad", torch.float16): Tolerance(1e-3, 32 * _FP16),
     ("softmax_few_grad", torch.bfloat16): Tolerance(8e-3, 32 * _BF16),
+    # the same with thousands of tokens in causal order: the first rows' gradients are rounded as before, and most rows,
+    # by which they are measured, shrink with the number of keys; 39 u at 8192 tokens
+    ("softmax_long", torch.float32): Tolerance(2e-6, 2e-5),
+    ("softmax_long", torch.float16): Tolerance(1e-3, 4 * _FP16),
+    ("softmax_long", torch.bfloat16): Tolerance(6e-3, 4 * _BF16),
+    ("softmax_long_grad", torch.float32): Tolerance(3e-6, 6e-5),
+    ("softmax_long_grad", torch.float16): Tolerance(1e-3, 64 * _FP16),
+    ("softmax_long_grad", torch.bfloat16): Tolerance(8e-3, 64 * _BF16),
     # logits of up to 100 or 10 000: rounding a logit, or the log-sum-exp that the backward starts from, to fp32 moves
     # a weight by that many u; in half precision the last rounding hides it
     ("softmax_100", torch.float32): Tolerance(1e-5, 1e-4),
@@ -76,10 +84,12 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("softmax_10000_grad", torch.float32): Tolerance(1e-4, 1e-3),
     ("softmax_10000_grad", torch.float16): Tolerance(1e-3, 4 * _FP16),
     ("softmax_10000_grad", torch.bfloat16): Tolerance(8e-3, 4 * _BF16),
-    # one number summed with both signs over every weight of the call: plain fp32 torch is off by up to 1.7e-6
+    # one number summed with both signs over every weight of the call: plain fp32 torch is off by up to 1.7e-6. In half
+    # precision the rounding of the output alone, which the backward starts from, leaves 2.3e-3 and 8.9e-3 in the worst
+    # of 40 draws, on an H200 up to 1.5e-3 and 1.1e-2; a kernel that sums rounded terms is off by up to 4e-2
     ("sum_grad", torch.float32): Tolerance(6e-6, 6e-5),
-    ("sum_grad", torch.float16): Tolerance(1e-3, 4 * _FP16),
-    ("sum_grad", torch.bfloat16): Tolerance(8e-3, 4 * _BF16),
+    ("sum_grad", torch.float16): Tolerance(3e-3, 8 * _FP16),
+    ("sum_grad", torch.bfloat16): Tolerance(1.5e-2, 8 * _BF16),
     # sums of bilinear samples. Rounding a position on a map of 40 pixels to fp32 moves a sample, and any gradient, by
     # 1e-6 of what its neighbours differ: that is the floor in fp32, mean 1.8e-6 and worst row 1.1e-5 for outputs and
     # gradients alike. In half precision everything is rounded once, at the end: 3.0e-4, 2.5e-3, worst row 1 u. A
@@ -90,6 +100,14 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("sample_grad", torch.float32): Tolerance(5e-6, 4e-5),
     ("sample_grad", torch.float16): Tolerance(1e-3, 2 * _FP16),
     ("sample_grad", torch.bfloat16): Tolerance(6e-3, 2 * _BF16),
+    # the same on maps of 167 pixels, whose positions are rounded four times as coarsely: in the worst of 3 million rows
+    # 9.8e-5 here and in torch's grid_sample
+    ("sample_wide", torch.float32): Tolerance(5e-6, 1.6e-4),
+    ("sample_wide", torch.float16): Tolerance(1e-3, 2 * _FP16),
+    ("sample_wide", torch.bfloat16): Tolerance(6e-3, 2 * _BF16),
+    ("sample_wide_grad", torch.float32): Tolerance(5e-6, 1.6e-4),
+    ("sample_wide_grad", torch.float16): Tolerance(1e-3, 2 * _FP16),
+    ("sample_wide_grad", torch.bfloat16): Tolerance(6e-3, 2 * _BF16),
     # products of weights with such samples, fp32 sums over taps and channels. In half precision a sample times its mask
     # is rounded before the product and the output after it: floor 8.1e-7, 3.2e-4, 2.8e-3, worst row 3.6e-6 and 1.9 u
     ("deform_conv", torch.float32): Tolerance(3e-6, 1.5e-5),

@@ -168,7 +168,7 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], n
         reference=reference(shape),
         providers=tuple(known[name] for name in names if name in known),
         costs=costs(shape, dtype.itemsize, modes),
-        family="sample",
+        family="sample_wide",
     )
 
 

@@ -41,6 +41,7 @@ class Shape:
     size: int = 64
     rules: Mapping[str, Any] = field(default_factory=dict)
     live: float = 1.0  # the share of pairs that some tile must compute
+    family: str = "softmax_few"  # of accel.testing.TOLERANCES
 
     @property
     def pairs(self) -> float:
@@ -107,6 +108,8 @@ def sdpa(rules: Mapping[str, Any], index: Tensor | None = None) -> Function:
         mask = None
         if table is not None and index is not None:
             mask = table[index].permute(2, 0, 1).unsqueeze(0).to(q.dtype)
+            if q.device.type == "cuda":
+                mask = mask.contiguous()  # as its kernel for biases needs it
         how = {"is_causal": bool(rules.get("causal", False)), "enable_gqa": q.shape[1] != k.shape[1]}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
 
@@ -172,7 +175,7 @@ def _case(
         reference=reference(shape.rules),
         providers=tuple(p for p in providers if names is None or p.name in names),
         costs=costs(shape.pairs, tokens, shape, dtype.itemsize, modes),
-        family="softmax_few",
+        family=shape.family,
     )
 
 
@@ -240,9 +243,9 @@ PLAIN = (
     Shape("short", "T 256 causal", 256, rules={"causal": True}, live=0.5),
 )
 
-LONG = (
-    Shape("8K", "full", 8192, batch=2, heads=16, kv_heads=16, size=128),
-    Shape("8K", "causal", 8192, batch=2, heads=16, kv_heads=16, size=128, rules={"causal": True}, live=0.5),
+LONG = tuple(
+    Shape("8K", variant, 8192, 2, 16, 16, 128, {"causal": True} if live < 1 else {}, live, "softmax_long")
+    for variant, live in (("full", 1.0), ("causal", 0.5))
 )
 
 

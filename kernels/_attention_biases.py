@@ -531,11 +531,17 @@ def _backward_index(
             weight = tl.reshape(grad_s, (BLOCK_M * BLOCK_N,))
             high = code[:, None] == (row >> 5)[None, :]  # rows of other blocks have none of the codes
             low = tl.where((row & (CODE - 1))[:, None] == code[None, :], 1.0, 0.0).to(CODES)
-            # three bf16 numbers hold an fp32 one, so that tensor cores add up what the FMA units would spill over
+            # Three bf16 numbers hold an fp32 one, so that tensor cores add up what the FMA units would spill over. They
+            # truncate their sums, which shows in fp32: each tile has its own there, and FMA units add the tiles up.
+            before = sums
+            if not BINARY:
+                sums = tl.zeros((CODE, CODE), tl.float32)
             for _ in tl.static_range(3):
                 piece = weight.to(CODES)
                 sums = tl.dot(tl.where(high, piece[None, :], 0.0), low, sums, input_precision="ieee")
                 weight -= piece.to(tl.float32)
+            if not BINARY:
+                sums += before
     row = row0 + code[:, None] * CODE + code[None, :]
     at = (part.to(tl.int64) * heads + head) * table_rows + row
     tl.store(part_ptr + at, sums, mask=row < table_rows)
@@ -544,7 +550,7 @@ def _backward_index(
 # --- launches ---
 
 
-def bias_tile(args: Args) -> Tile:
+def bias_tile(args: Args, capability: tuple[int, int]) -> Tile:
     """For kernels that hold the gradient of a tile and what it comes from."""
     queries, keys = args.q.shape[2], args.k.shape[2]
     widest = max(args.q.shape[3], args.v.shape[3])
@@ -554,7 +560,7 @@ def bias_tile(args: Args) -> Tile:
         return Tile(16, 32, 8, 1).within(queries, keys)
     if widest > 64 or args.dropout_p > 0.0:
         return Tile(32, 32, 8, 1).within(queries, keys)
-    return Tile(64, 64, 8, 1).within(queries, keys)
+    return Tile(64, 64, 4 if capability[0] == 9 else 8, 1).within(queries, keys)
 
 
 def _parts(total: int, owners: int, owned: int) -> tuple[int, int]:
@@ -564,10 +570,10 @@ def _parts(total: int, owners: int, owned: int) -> tuple[int, int]:
     return triton.cdiv(total, per_part), per_part
 
 
-def plan_bias(args: Args, given: dict[str, Any]) -> tuple[Launch, Tensor]:
+def plan_bias(args: Args, given: dict[str, Any], capability: tuple[int, int]) -> tuple[Launch, Tensor]:
     """The launch for the gradient of a dense bias, and its parts ``(parts, *bias.shape)``."""
     assert args.bias is not None
-    tile = bias_tile(args)
+    tile = bias_tile(args, capability)
     batches, heads, queries, keys = *args.q.shape[:3], args.k.shape[2]
     whole = [batches, heads, triton.cdiv(queries, tile.queries), triton.cdiv(keys, tile.keys)]
     owners = [n if size > 1 else 1 for n, size in zip(whole, args.bias.shape, strict=True)]
@@ -589,29 +595,31 @@ def _by_queries(args: Args, tile: Tile, owners: int, owned: int) -> tuple[int, d
     return parts, {"per_part": per_part, "total": total}
 
 
-def _plan_diagonals(args: Args, given: dict[str, Any], bins: int, on_grid: bool) -> tuple[Launch, Tensor]:
+def _plan_diagonals(
+    args: Args, given: dict[str, Any], capability: tuple[int, int], bins: int, on_grid: bool
+) -> tuple[Launch, Tensor]:
     behind = 3 if on_grid else 0  # the bins of extra tokens
-    tile, heads = bias_tile(args), args.q.shape[1]
+    tile, heads = bias_tile(args, capability), args.q.shape[1]
     parts, counts = _by_queries(args, tile, heads, heads * (bins + behind))
     out = args.q.new_zeros((parts, heads, bins + behind), dtype=torch.float32)
     more = {"part_ptr": out, "bins": bins, "ON_GRID": on_grid, "WINDOW": tile.keys, **counts}
     return launch(_backward_diagonals, parts * heads, tile, **given, **more), out
 
 
-def plan_line(args: Args, given: dict[str, Any]) -> tuple[Launch, Tensor]:
+def plan_line(args: Args, given: dict[str, Any], capability: tuple[int, int]) -> tuple[Launch, Tensor]:
     """The launch for the gradient of a line, and its parts ``(parts, Hq, L)``."""
     assert args.line is not None
-    return _plan_diagonals(args, given, args.line.shape[1], on_grid=False)
+    return _plan_diagonals(args, given, capability, args.line.shape[1], on_grid=False)
 
 
-def plan_table(args: Args, given: dict[str, Any]) -> tuple[Launch, Tensor]:
+def plan_table(args: Args, given: dict[str, Any], capability: tuple[int, int]) -> tuple[Launch, Tensor]:
     """The launch for the gradient of a table, and its parts ``(parts, R, Hq)``."""
     assert args.table is not None
     rows, heads = args.table.shape
     if args.grid:
         h, w, _extra = args.grid
         bins = (2 * h - 1) * (2 * w - 1)
-        step, out = _plan_diagonals(args, given, bins, on_grid=True)
+        step, out = _plan_diagonals(args, given, capability, bins, on_grid=True)
         return step, out[..., :rows].transpose(1, 2)
     tile = Tile(16, 16, 16 if args.q.element_size() == 4 else 8, 1)
     blocks = triton.cdiv(rows, CODE.value**2)

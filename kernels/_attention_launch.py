@@ -19,20 +19,27 @@ _AXES = {"q": "t", "k": "s", "v": "s", "out": "t", "grad": "t", "grad_q": "t", "
 LAUNCH_INTS = [
     *[f"{name}_{axis}" for name, tokens in _AXES.items() for axis in ("b", "h", tokens)],
     *[f"{name}_{axis}" for name in ("bias", "mask") for axis in "bhts"],
-    *["rows_b", "spans_b", "batches", "heads", "group", "queries", "keys", "line_length", "table_rows", "bins"],
+    *["rows_b", "spans_b", "batches", "heads", "group", "together", "queries", "keys"],
+    *["line_length", "table_rows", "bins"],
     *["grid_h", "grid_w", "extra", "threshold", "per_part", "parts"],
 ]
 """Integers on whose values no kernel of this op is specialised."""
 
 
+CACHE_BYTES = 32 << 20
+"""What keys and values of the heads that are worked on together may take: the half of an H100's second-level cache."""
+
+
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys of a tile, the warps of a program, and how many tiles ahead it loads."""
+    """Queries and keys of a tile, the warps of a program, how many tiles ahead it loads, and up to how many bytes a
+    thread may spill: 0, but for tiles that were measured to be the fastest all the same."""
 
     queries: int
     keys: int
     warps: int
     stages: int
+    spill: int = 0
 
     def within(self, queries: int, keys: int) -> Tile:
         """No larger than a call with so few tokens needs."""
@@ -41,6 +48,7 @@ class Tile:
             min(self.keys, max(16, triton.next_power_of_2(keys))),
             self.warps,
             self.stages,
+            self.spill,
         )
 
 
@@ -53,6 +61,13 @@ def strides(x: Tensor | None) -> list[int]:
 
 def head_block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
+
+
+def plain(args: Args) -> bool:
+    """Whether logits are products times a positive number: their order is that of the products then."""
+    extras = (args.bias, args.line, args.table)
+    half = args.q.dtype != torch.float32
+    return half and args.scale > 0.0 and args.softcap == 0.0 and all(x is None for x in extras)
 
 
 def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -70,6 +85,7 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
         given.update({f"{name}_{axis}": step for axis, step in zip("bhts", strides(x), strict=True)})
     rows = args.rows if args.rule == "other" else None
     batches, heads, queries, head_size = args.q.shape
+    keys_bytes = args.k.shape[2] * (head_size + args.v.shape[3]) * args.q.element_size() * args.k.shape[1] // heads
     grid_h, grid_w, extra = args.grid or (1, 1, 0)
     return {
         **given,
@@ -87,6 +103,7 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
         "batches": batches,
         "heads": heads,
         "group": heads // args.k.shape[1],
+        "together": max(1, min(batches * heads, CACHE_BYTES // max(1, keys_bytes))),
         "queries": queries,
         "keys": args.k.shape[2],
         "line_length": 0 if args.line is None else args.line.shape[1],
@@ -103,6 +120,7 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
         "SOFTCAP": args.softcap > 0.0,
         "BINARY": args.q.dtype != torch.float32,
         "MASKED": args.mask is not None,
+        "PLAIN": plain(args),
         "UNIT": unit,
         "D": head_size,
         "E": args.v.shape[3],
@@ -115,4 +133,5 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> Launch:
     """A launch with those of the arguments that the kernel takes."""
     arguments.update(BLOCK_M=tile.queries, BLOCK_N=tile.keys)
-    return Launch(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, tile.warps, tile.stages)
+    given = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, programs, given, tile.warps, tile.stages, spill=tile.spill)

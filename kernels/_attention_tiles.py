@@ -44,6 +44,19 @@ def clean(x):
     return tl.where(good, x, 0.0), tl.max(tl.where(good, 0, 1), 1) > 0
 
 
+# --- which program computes what ---
+
+
+@triton.jit
+def own_tile(program, tiles, together, units):
+    """The tile and the unit (a head of a batch entry) of a program: ``together`` units share the cache, the
+    first tile of each of them first, so that what takes longest under a causal rule is not left for the end."""
+    first = program // (together * tiles) * together
+    count = tl.minimum(together, units - first)
+    rest = program - first * tiles
+    return rest // count, first + rest % count
+
+
 # --- spans: the tiles that a program visits ---
 #
 # A tile of queries sees keys in two intervals. In whole tiles of keys that is two spans, each a run of tiles inside the

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,6 +63,18 @@ def device_of(x: torch.Tensor) -> Iterator[None]:
             yield
 
 
+def capability(x: torch.Tensor) -> tuple[int, int]:
+    """Of the GPU that holds ``x``; 8.0 where it is on none."""
+    return torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (8, 0)
+
+
+def options(warps: int, stages: int, registers: int | None) -> dict[str, Any]:
+    """What Triton compiles a kernel with, and a thread's registers at most."""
+    # contraction to FMA is stated because Triton's default for it changes between versions
+    found = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return found if registers is None else {**found, "maxnreg": registers}
+
+
 @dataclass(frozen=True)
 class CompileCase:
     """One kernel configuration as ``triton.compile`` wants it; plain data beside the kernel itself."""
@@ -74,7 +86,14 @@ class CompileCase:
     attributes: dict[tuple[int, ...], list[list[Any]]]
     warps: int
     stages: int
+    registers: int | None = None
+    spill: int = 0
     architectures: tuple[int, ...] = ARCHITECTURES
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What Triton compiles it with."""
+        return options(self.warps, self.stages, self.registers)
 
 
 @dataclass(frozen=True)
@@ -86,12 +105,13 @@ class Launch:
     arguments: dict[str, Any]
     warps: int
     stages: int
+    registers: int | None = None
+    """A thread's at most, where the compiler would take a few more and one program less would fit a processor."""
+    spill: int = 0
+    """Bytes that a thread may spill, where that was measured to be the fastest all the same."""
 
     def run(self) -> None:
-        # Contraction to FMA is stated because Triton's default for it changes between versions.
-        self.kernel[(self.programs,)](
-            **self.arguments, num_warps=self.warps, num_stages=self.stages, enable_fp_fusion=True
-        )
+        self.kernel[(self.programs,)](**self.arguments, **options(self.warps, self.stages, self.registers))
 
     def case(self, name: str) -> CompileCase:
         """What a launch compiles to: integers are not specialised, pointers are aligned to 16 bytes as torch's are."""
@@ -110,6 +130,27 @@ class Launch:
                 signature[parameter.name] = "fp32"
             else:
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-        return CompileCase(
-            f"{self.kernel.__name__} {name}", self.kernel, signature, constexprs, attributes, self.warps, self.stages
-        )
+        name = f"{self.kernel.__name__} {name}"
+        how = (self.warps, self.stages, self.registers, self.spill)
+        return CompileCase(name, self.kernel, signature, constexprs, attributes, *how)
+
+
+def once(cases: Iterable[CompileCase]) -> Iterator[CompileCase]:
+    """The cases, those that the compiler would see twice only once."""
+    seen = set()
+    for case in cases:
+        how = (case.warps, case.stages, case.registers, case.architectures)
+        key = repr((case.kernel.__name__, case.signature, case.constexprs, how))
+        if key not in seen:
+            seen.add(key)
+            yield case
+
+
+def by_generation(old: Iterable[CompileCase], new: Iterable[CompileCase]) -> Iterator[CompileCase]:
+    """The cases of a call on other generations and on Hopper, one for all where they are the same."""
+    for before, since in zip(old, new, strict=True):
+        if before == since:
+            yield since
+        else:
+            yield replace(before, architectures=(80, 100))
+            yield replace(since, name=f"{since.name} hopper", architectures=(90,))

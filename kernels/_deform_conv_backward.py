@@ -107,8 +107,9 @@ def _grad_shifts(
     step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     y, x = tap_at(tap, i, j, step, KW)
     at, inside, dy, dx, near = corners(y + shift_y, x + shift_x, real, height, width)
-    at = (n * height * width + at) * C
-    down = width.to(tl.int64) * C
+    at *= C
+    image_ptr = input_ptr + n * height * width * C
+    down = width * C
     row = grad_out_ptr + (n * outputs + p) * OUT
     zero = tl.where(real, 0.0, 0.0)
     a, b, c, d = zero, zero, zero, zero
@@ -134,7 +135,7 @@ def _grad_shifts(
             channel = (first % C_PER_GROUP + within)[None, :]
             kernel = load_weight(weight_ptr, tap, channel, o[:, None], C_PER_GROUP, OUT, some)
             grad = tl.dot(upstream.to(DOT), kernel.to(DOT), grad, input_precision="ieee")
-        pixels = load_corners(input_ptr, at, inside, C, down, first + within, in_range)
+        pixels = load_corners(image_ptr, at, inside, C, down, first + within, in_range)
         more_a, more_b, more_c, more_d = moments(grad, pixels)
         a += more_a
         b += more_b
@@ -207,7 +208,7 @@ def _grad_weight(
         in_range = within < SEGMENT
     o += group * O_PER_GROUP
     outputs = out_height.to(tl.int64) * out_width
-    down = width.to(tl.int64) * C
+    down = width * C
     step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     acc = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     start = (part * tiles_per_part).to(tl.int32)
@@ -218,15 +219,14 @@ def _grad_weight(
         shift_y, shift_x, factor = load_shift(offset_ptr, mask_ptr, index, outputs, p, real)
         y, x = tap_at(tap, i, j, step, KW)
         at, inside, dy, dx, _ = corners(y + shift_y, x + shift_x, real, height, width)
-        at = (n * height * width + at) * C
-        sample = mean(load_corners(input_ptr, at, inside, C, down, first + within, in_range), dy, dx)
-        if mask_ptr is not None:
-            sample *= factor[:, None]
-        upstream_at = ((n * outputs + p) * OUT)[:, None] + o[None, :]
+        at *= C
+        image_ptr = input_ptr + n * height * width * C
+        sample = mean(load_corners(image_ptr, at, inside, C, down, first + within, in_range), dy, dx, factor)
+        upstream_at = ((i * out_width + j) * OUT)[:, None] + o[None, :]
         upstream_real = real[:, None]
         if EDGE_O:
             upstream_real = upstream_real & o_real[None, :]
-        upstream = tl.load(grad_out_ptr + upstream_at, mask=upstream_real, other=0.0).to(tl.float32)
+        upstream = tl.load(grad_out_ptr + n * outputs * OUT + upstream_at, mask=upstream_real, other=0.0).to(tl.float32)
         acc = tl.dot(tl.trans(upstream.to(DOT)), sample.to(DOT), acc, input_precision="ieee")
     at = ((part * TAPS + tap) * OUT + o)[:, None] * C_PER_GROUP + (first % C_PER_GROUP + within)[None, :]
     tl.store(parts_ptr + at, acc, mask=o_real[:, None] & (within < SEGMENT)[None, :])

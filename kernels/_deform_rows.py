@@ -187,9 +187,7 @@ def _forward(
                 weight = tl.exp(weight - largest) * inverse
             pixel, inside, dy, dx, _ = corners(y, x, real, high, wide)
             pixel = (n * pixels + start + pixel) * stride + head * D
-            acc += weight[:, None] * mean(
-                load_corners(value_ptr, pixel, inside, stride, wide * stride, c, in_range), dy, dx
-            )
+            acc += mean(load_corners(value_ptr, pixel, inside, stride, wide * stride, c, in_range), dy, dx, weight)
     tl.store(
         out_ptr + (row * D)[:, None] + c[None, :],
         acc.to(out_ptr.dtype.element_ty),

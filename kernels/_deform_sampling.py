@@ -9,7 +9,6 @@ owner and one order, and nothing depends on which program ran first.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from accel.kernels import _blocks
-from accel.kernels._blocks import CompileCase, Launch
+from accel.kernels._blocks import Launch
 
 SORTED_AT_ONCE = 1 << 20
 """Samples that are sorted together. One takes 16 bytes for its key, before and after, and its place in the order, 12
@@ -58,7 +57,7 @@ def place(y, x, height, width):
 
 @triton.jit
 def corners(y, x, real, height, width):
-    """Of positions in a map: the index (int64) of the pixel above and left, which of the four pixels are inside (above
+    """Of positions in a map: the index of the pixel above and left, which of the four pixels are inside (above
     left, above right, below left, below right), the distances past the first, and whether any can be inside."""
     top, left, dy, dx, near = place(y, x, height, width)
     near = near & real
@@ -66,8 +65,7 @@ def corners(y, x, real, height, width):
     below = near & (top + 1 < height)
     west = (left >= 0) & (left < width)
     east = left + 1 < width
-    at = top.to(tl.int64) * width + left
-    return at, (above & west, above & east, below & west, below & east), dy, dx, near
+    return top * width + left, (above & west, above & east, below & west, below & east), dy, dx, near
 
 
 @triton.jit
@@ -91,24 +89,27 @@ def load_corners(ptr, at, inside, right, down, c, in_range):
 
 
 @triton.jit
-def mean(pixels, dy, dx):
-    """The bilinear mean of four tiles."""
+def mean(pixels, dy, dx, factor):
+    """The bilinear mean of four tiles, times the factor of each position."""
     v00, v01, v10, v11 = pixels
-    out = v00 * ((1.0 - dy) * (1.0 - dx))[:, None]
-    out += v01 * ((1.0 - dy) * dx)[:, None]
-    out += v10 * (dy * (1.0 - dx))[:, None]
-    return out + v11 * (dy * dx)[:, None]
+    above = (1.0 - dy) * factor
+    below = dy * factor
+    out = v00 * (above * (1.0 - dx))[:, None]
+    out += v01 * (above * dx)[:, None]
+    out += v10 * (below * (1.0 - dx))[:, None]
+    return out + v11 * (below * dx)[:, None]
 
 
 @triton.jit
 def moments(grad, pixels):
-    """A sample is a + b·dx + c·dy + d·dx·dy: the sums over channels of ``grad`` times each of the four."""
+    """A sample is a + b·dx + c·dy + d·dx·dy: the sums over channels of ``grad`` times each of the four. One tile of
+    pixels after another is used up: their differences would be as many registers again."""
     v00, v01, v10, v11 = pixels
-    across = v01 - v00
     a = tl.sum(grad * v00, 1)
-    b = tl.sum(grad * across, 1)
-    c = tl.sum(grad * (v10 - v00), 1)
-    return a, b, c, tl.sum(grad * (v11 - v10 - across), 1)
+    above_right = tl.sum(grad * v01, 1)
+    below_left = tl.sum(grad * v10, 1)
+    below_right = tl.sum(grad * v11, 1)
+    return a, above_right - a, below_left - a, below_right - below_left - above_right + a
 
 
 # --- samples by cell ---
@@ -194,11 +195,6 @@ def why_not_device(x: Tensor) -> str | None:
     return None
 
 
-def capability(x: Tensor) -> tuple[int, int]:
-    """Of the GPU that holds ``x``; 8.0 where it is on none."""
-    return torch.cuda.get_device_capability(x.device) if x.device.type == "cuda" else (8, 0)
-
-
 def power_of_two(size: int, least: int, most: int) -> int:
     """The block for ``size`` elements, within bounds that are powers of two."""
     return min(most, max(least, triton.next_power_of_2(size)))
@@ -224,16 +220,8 @@ def output_block(out_height: int, out_width: int, outputs: int) -> tuple[int, in
     return best[2], best[3]
 
 
-def launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> Launch:
+def launch(
+    kernel: Any, programs: int, warps: int, stages: int = 1, registers: int | None = None, /, **arguments: Any
+) -> Launch:
     """A launch with those of the arguments that the kernel takes."""
-    return Launch(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, warps, 1)
-
-
-def once(cases: Iterable[CompileCase]) -> Iterator[CompileCase]:
-    """The cases, those that the compiler would see twice only once."""
-    seen = set()
-    for case in cases:
-        key = repr((case.kernel.__name__, case.signature, case.constexprs, case.warps, case.architectures))
-        if key not in seen:
-            seen.add(key)
-            yield case
+    return Launch(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, warps, stages, registers)

@@ -99,7 +99,7 @@ def compile_cases() -> Iterator[_blocks.CompileCase]:
         _cases(fp16, 4, 32, 3),
         _cases(fp32, 4, 32, 3, softmax=True),
     )
-    return sampling.once(case for call in calls for case in call)
+    return _blocks.once(case for call in calls for case in call)
 
 
 def _cases(

@@ -25,6 +25,7 @@ from accel.kernels import _deform_sampling as sampling
 from accel.kernels._blocks import Launch
 from accel.kernels._deform_conv_backward import INTS, load_shift, load_weight, tap_at
 from accel.kernels._deform_sampling import corners, launch, load_corners, mean, output_tile
+from accel.kernels._layout import channels_last, transpose_launch
 from accel.ops.deform_conv2d import Args, memory_format
 
 PARTS_BYTES = 32 << 20
@@ -83,7 +84,8 @@ def _forward(
     o += group * O_PER_GROUP
     outputs = out_height.to(tl.int64) * out_width
     p = i.to(tl.int64) * out_width + j
-    down = width.to(tl.int64) * C
+    image_ptr = input_ptr + n * height * width * C
+    down = width * C
     step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
     offset_group = group * C_PER_GROUP // C_SHARED
@@ -95,7 +97,7 @@ def _forward(
         first = group * C_PER_GROUP + turn // TAPS * SEGMENT
         y, x = tap_at(tap, i, j, step, KW)
         at, inside, dy, dx, _ = corners(y + shift_y, x + shift_x, real, height, width)
-        at = (n * height * width + at) * C
+        at *= C
         now = factor
         # those of the next turn are on their way while this one's pixels are gathered
         following = tl.minimum(turn + 1, STEPS - 1)
@@ -112,17 +114,16 @@ def _forward(
                 some = (within < SEGMENT)[:, None] & o_real[None, :]
             channel = (first % C_PER_GROUP + within)[:, None]
             kernel = load_weight(weight_ptr, tap, channel, o[None, :], C_PER_GROUP, OUT, some)
-            sample = mean(load_corners(input_ptr, at, inside, C, down, first + within, in_range), dy, dx)
-            if mask_ptr is not None:
-                sample *= now[:, None]
+            sample = mean(load_corners(image_ptr, at, inside, C, down, first + within, in_range), dy, dx, now)
             acc = tl.dot(sample.to(DOT), kernel.to(DOT), acc, input_precision="ieee")
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + o, mask=o_real, other=0.0)[None, :]
+    p = i * out_width + j
     if LAST:
-        at = (n * outputs + p)[:, None] * OUT + o[None, :]
+        at = p[:, None] * OUT + o[None, :]
     else:
-        at = (n * OUT + o)[None, :] * outputs + p[:, None]
-    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & o_real[None, :])
+        at = o[None, :] * (out_height * out_width) + p[:, None]
+    tl.store(out_ptr + n * outputs * OUT + at, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & o_real[None, :])
 
 
 # --- tiles ---
@@ -130,75 +131,99 @@ def _forward(
 
 @dataclass(frozen=True)
 class Tile:
-    """Outputs (or pixels) in a tile, channels in and out of a block, warps of a program."""
+    """Outputs (or pixels) in a tile, channels in and out of a block, warps of a program, how many steps ahead of the
+    product it loads, the registers of a thread at most."""
 
     outputs: int
     c: int
     o: int
     warps: int
+    stages: int = 1
+    registers: int | None = None
+
+    @property
+    def how(self) -> tuple[int, int, int | None]:
+        return self.warps, self.stages, self.registers
 
 
 @dataclass(frozen=True)
 class Shape:
     """What tiles are chosen by."""
 
-    outputs: int  # of the whole call, N · Ho · Wo
     segment: int  # channels that share offsets and belong to one weight group
     o_per_group: int
     itemsize: int
-    last: bool  # channels-last
+    capability: tuple[int, int]  # of the GPU
+
+    def c(self, most: int) -> int:
+        return sampling.power_of_two(self.segment, 16, most)
+
+    def o(self, most: int) -> int:
+        return sampling.power_of_two(self.o_per_group, 16, most)
 
 
-# Chosen by bytes and registers, not measured. A sum in fp32 takes tile / (32 · warps) registers a thread, and so do the
-# pixels of as many samples in half precision, two by two: eight warps with at most 128 registers leave two programs to
-# a processor, whose loads and products overlap. A block of output channels is as wide as that allows, because each
-# gathers anew.
+# A sum in fp32 takes tile / (32 · warps) registers a thread, and so do the pixels of as many samples in half precision,
+# two by two. A block of output channels is as wide as that allows, because each gathers anew. Without tensor cores, in
+# fp32, products are taken from shared memory by every thread, and tiles are small. Those of Hopper were the fastest of
+# the ten to forty that an H200 measured on ResNet's layers of 128, 256 and 512 channels; those of other generations are
+# chosen by bytes and registers.
 
 
-def forward_tile(shape: Shape, capability: tuple[int, int]) -> Tile:
-    if shape.itemsize > 2:  # no tensor cores: products are taken from shared memory by every thread
-        return Tile(32, 16, sampling.power_of_two(shape.o_per_group, 16, 64), 4)
-    wide = shape.last and capability >= (9, 0) and shape.outputs * shape.o_per_group >= 2**22
-    o = sampling.power_of_two(shape.o_per_group, 16, 256 if wide else 128)
-    return Tile(64, sampling.power_of_two(shape.segment, 16, 32), o, 8 if o >= 128 else 4)
+FORWARD_ON_HOPPER = {128: Tile(64, 32, 128, 4, 3, 168), 256: Tile(64, 32, 256, 4, 3), 512: Tile(64, 64, 256, 8, 3)}
+SHIFTS_ON_HOPPER = {128: Tile(64, 64, 64, 4, 3), 256: Tile(64, 64, 64, 4, 3), 512: Tile(128, 64, 64, 8, 3)}
+WEIGHT_ON_HOPPER = {128: Tile(64, 128, 128, 4, 3)}
+INPUT_ON_HOPPER = {128: Tile(32, 128, 64, 4), 256: Tile(32, 256, 64, 8)}
+
+
+def _on_hopper(table: dict[int, Tile], channels: int, shape: Shape) -> Tile | None:
+    """The tile for as many channels or more, cut to the call, where it was measured: in half precision, without edges
+    of channels, whose masks take registers."""
+    tile = table[min([size for size in table if size >= channels], default=max(table))]
+    tile = replace(tile, c=shape.c(tile.c), o=shape.o(tile.o))
+    whole = shape.segment % tile.c == 0 and shape.o_per_group % tile.o == 0
+    return tile if shape.capability[0] == 9 and shape.itemsize == 2 and whole else None
+
+
+def forward_tile(shape: Shape) -> Tile:
+    if shape.itemsize > 2:
+        return Tile(32, 16, shape.o(64), 4)
+    tile = _on_hopper(FORWARD_ON_HOPPER, shape.o_per_group, shape)
+    outputs = 64 if shape.segment % 16 == 0 else 32  # the masks of odd channels take registers
+    return tile or Tile(outputs, shape.c(32), shape.o(128), 8 if shape.o_per_group > 64 else 4)
 
 
 def shifts_tile(shape: Shape) -> Tile:
-    c = sampling.power_of_two(shape.segment, 16, 32)
     if shape.itemsize > 2:
-        return Tile(32, c, 16, 4)
-    return Tile(64, c, sampling.power_of_two(shape.o_per_group, 16, 64), 8 if c >= 32 else 4)
+        return Tile(32, shape.c(32), 16, 4)
+    tile = _on_hopper(SHIFTS_ON_HOPPER, shape.segment, shape)
+    return tile or Tile(64, shape.c(32), shape.o(64), 8 if shape.segment > 16 else 4)
 
 
 def weight_tile(shape: Shape) -> Tile:
     if shape.itemsize > 2:
-        return Tile(
-            16, sampling.power_of_two(shape.segment, 16, 32), sampling.power_of_two(shape.o_per_group, 16, 64), 4
-        )
-    c, o = sampling.power_of_two(shape.segment, 16, 64), sampling.power_of_two(shape.o_per_group, 16, 128)
-    return Tile(32, c, o, 8 if c * o >= 4096 else 4)
+        return Tile(16, shape.c(32), shape.o(64), 4)
+    c, o = shape.c(64), shape.o(128)
+    return _on_hopper(WEIGHT_ON_HOPPER, shape.segment, shape) or Tile(32, c, o, 8 if c * o >= 4096 else 4)
 
 
 def input_tile(shape: Shape) -> Tile:
     if shape.itemsize > 2:
-        return Tile(32, sampling.power_of_two(shape.segment, 16, 64), 16, 4)
-    c, o = sampling.power_of_two(shape.segment, 16, 128), sampling.power_of_two(shape.o_per_group, 16, 64)
-    return Tile(64, c, o, 8 if c * o >= 4096 else 4)
+        return Tile(32, shape.c(64), 16, 4)
+    c, o = shape.c(128), shape.o(64)
+    return _on_hopper(INPUT_ON_HOPPER, shape.segment, shape) or Tile(64, c, o, 8 if c * o >= 4096 else 4)
 
 
 # --- launches ---
 
 
-def _shape(args: Args) -> Shape:
+def _shape(args: Args, capability: tuple[int, int]) -> Shape:
     out_channels, per_group, _, _ = args.weight.shape
-    n, channels = args.input.shape[:2]
-    shared = channels // _offset_groups(args)
+    channels = args.input.shape[1]
     return Shape(
-        outputs=n * args.offset.shape[2] * args.offset.shape[3],
-        segment=math.gcd(shared, per_group),
+        segment=math.gcd(channels // _offset_groups(args), per_group),
         o_per_group=out_channels // (channels // per_group),
         itemsize=args.input.element_size(),
-        last=memory_format(args.input) == torch.channels_last,
+        capability=capability,
     )
 
 
@@ -220,6 +245,8 @@ def why_not(args: Any) -> str | None:
     ]
     if max(reach) >= 2**31:
         return f"{args.stride=}, {args.padding=} and {args.dilation=} reach further than 32 bits can count"
+    if max(height * width * channels, outputs * args.weight.shape[0]) >= 2**31:
+        return f"images of {tuple(args.input.shape[1:])} or of its result are more than 32 bits can address"
     if taps * ((height + 1) * (width + 1) + 1) >= 2**31 or taps * outputs >= 2**31:
         return f"{taps} taps of {height} x {width} pixels are more than 32-bit keys can number"
     out_channels, per_group = args.weight.shape[:2]
@@ -235,20 +262,16 @@ def why_not(args: Any) -> str | None:
     return None
 
 
-def _last(x: Tensor) -> Tensor:
-    """``(N, C, H, W)`` channels-last."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
 def _pack(weight: Tensor) -> Tensor:
     """``(K, C/g, O)``: a tap's tile has output channels side by side."""
     return weight.permute(2, 3, 1, 0).contiguous()
 
 
-def _shared(args: Args, input: Tensor, weight: Tensor) -> dict[str, Any]:
-    """The arguments that all kernels of a call have in common, but for the tile."""
-    channels = args.input.shape[1]
+def _shared(args: Args, input: Tensor, weight: Tensor, capability: tuple[int, int]) -> dict[str, Any]:
+    """The arguments that all kernels of a call have in common, but for the tile, and what tiles are chosen by."""
+    channels, shape = args.input.shape[1], _shape(args, capability)
     return {
+        "shape": shape,
         "input_ptr": input,
         "offset_ptr": args.offset,
         "mask_ptr": args.mask,
@@ -268,10 +291,10 @@ def _shared(args: Args, input: Tensor, weight: Tensor) -> dict[str, Any]:
         "OUT": args.weight.shape[0],
         "GROUPS": channels // args.weight.shape[1],
         "OFFSET_GROUPS": _offset_groups(args),
-        "SEGMENT": _shape(args).segment,
+        "SEGMENT": shape.segment,
         "KH": args.weight.shape[2],
         "KW": args.weight.shape[3],
-        "LAST": _shape(args).last,
+        "LAST": memory_format(args.input) == torch.channels_last,
         "DOT": _blocks.dot_dtype(args.input.dtype),
     }
 
@@ -293,12 +316,12 @@ def _result(args: Args) -> Tensor:
     )
 
 
-def _forward_launch(out: Tensor, args: Args, shared: dict[str, Any], capability: tuple[int, int]) -> Launch:
-    shape = _shape(args)
-    tile = forward_tile(shape, capability)
+def _forward_launch(out: Tensor, args: Args, shared: dict[str, Any]) -> Launch:
+    shape = shared["shape"]
+    tile = forward_tile(shape)
     given, tiles = _tiled(tile, *args.offset.shape[2:])
     programs = args.input.shape[0] * tiles * shared["GROUPS"] * triton.cdiv(shape.o_per_group, tile.o)
-    return launch(_forward, programs, tile.warps, out_ptr=out, **shared, **given)
+    return launch(_forward, programs, *tile.how, out_ptr=out, **shared, **given)
 
 
 def forward(*args: Any) -> Tensor:
@@ -306,25 +329,25 @@ def forward(*args: Any) -> Tensor:
     given = Args(*args)
     with _blocks.device_of(given.input):
         out = _result(given)
-        shared = _shared(given, _last(given.input), _pack(given.weight))
-        _forward_launch(out, given, shared, sampling.capability(given.input)).run()
+        shared = _shared(given, channels_last(given.input), _pack(given.weight), _blocks.capability(given.input))
+        _forward_launch(out, given, shared).run()
     return out.to(given.input.dtype)
 
 
 def _shifts_launch(
     grad_offset: Tensor | None, grad_mask: Tensor | None, grad_out: Tensor, args: Args, shared: dict[str, Any]
 ) -> Launch:
-    tile = shifts_tile(_shape(args))
+    tile = shifts_tile(shared["shape"])
     given, tiles = _tiled(tile, *args.offset.shape[2:])
     programs = args.input.shape[0] * tiles * shared["OFFSET_GROUPS"] * shared["KH"] * shared["KW"]
     pointers = {"grad_offset_ptr": grad_offset, "grad_mask_ptr": grad_mask, "grad_out_ptr": grad_out}
-    return launch(backwards._grad_shifts, programs, tile.warps, **pointers, **shared, **given)
+    return launch(backwards._grad_shifts, programs, *tile.how, **pointers, **shared, **given)
 
 
 def _weight_launch(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> tuple[Launch, Tensor]:
     """The launch and the parts ``(parts, K, O, C/g)`` it fills; only shapes decide how many, and with it the order of
     the sum."""
-    shape = _shape(args)
+    shape = shared["shape"]
     tile = weight_tile(shape)
     given, tiles = _tiled(tile, *args.offset.shape[2:])
     tiles *= args.input.shape[0]
@@ -337,7 +360,8 @@ def _weight_launch(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> tupl
     out_channels, per_group = args.weight.shape[:2]
     filled = args.offset.new_empty((parts, taps, out_channels, per_group))
     pointers = {"parts_ptr": filled, "grad_out_ptr": grad_out, "tiles": tiles, "tiles_per_part": per_part}
-    return launch(backwards._grad_weight, parts * blocks, tile.warps, **pointers, **shared, **given), filled
+    given = {**shared, **given, **pointers}
+    return launch(backwards._grad_weight, parts * blocks, *tile.how, **given), filled
 
 
 def _sample_launches(
@@ -356,14 +380,14 @@ def _input_launch(
     grad_input: Tensor, grad_out: Tensor, row: Tensor, record: Tensor, starts: Tensor, units: tuple[int, int],
     args: Args, shared: dict[str, Any],
 ) -> Launch:  # fmt: skip
-    shape = _shape(args)
+    shape = shared["shape"]
     tile = input_tile(shape)
     given, tiles = _tiled(tile, *args.input.shape[2:])
     segments = shared["C"] // shared["OFFSET_GROUPS"] // shape.segment
     programs = units[1] * tiles * segments * triton.cdiv(shape.segment, tile.c)
     pointers = {"grad_input_ptr": grad_input, "grad_out_ptr": grad_out, "row_ptr": row, "record_ptr": record}
     given = {**shared, **given, **pointers, "starts_ptr": starts, "unit0": units[0]}
-    return launch(backwards._grad_input, programs, tile.warps, **given)
+    return launch(backwards._grad_input, programs, *tile.how, **given)
 
 
 def _grad_input(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> Tensor:
@@ -388,8 +412,8 @@ def backward(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
     need_input, need_offset, need_weight, need_bias, need_mask = args[-1]
     grad_input, grad_offset, grad_weight, grad_bias, grad_mask = (given.offset.new_empty(0) for _ in range(5))
     with _blocks.device_of(given.input):
-        upstream = _last(grad_out)
-        shared = _shared(given, _last(given.input), _pack(given.weight))
+        upstream = channels_last(grad_out)
+        shared = _shared(given, channels_last(given.input), _pack(given.weight), _blocks.capability(given.input))
         need_mask = need_mask and given.mask is not None
         if need_offset:
             grad_offset = torch.empty_like(given.offset)
@@ -415,7 +439,7 @@ def backward(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def compile_cases() -> Iterator[_blocks.CompileCase]:
     """Every tile of the tables, with aligned and odd channels."""
-    return sampling.once(case for call in _calls() for case in _cases(*call[:3], **call[3]))
+    return _blocks.once(case for call in _calls() for case in _cases(*call[:3], **call[3]))
 
 
 def _calls() -> Iterator[tuple[torch.dtype, int, int, dict[str, Any]]]:
@@ -461,17 +485,18 @@ def _cases(
         dilation=[1, 1],
     )
     out = _result(args)
-    shared = _shared(args, input, args.weight)
-    old, new = (_forward_launch(out, args, shared, capability).case(name) for capability in ((8, 0), (9, 0)))
-    if old.constexprs == new.constexprs:
-        yield old
-    else:
-        yield replace(old, architectures=(80,))
-        yield replace(new, name=f"{new.name} wide", architectures=(90, 100))
-    yield _shifts_launch(args.offset, args.mask, out, args, shared).case(name)
-    yield _weight_launch(out, args, shared)[0].case(name)
     integers, long = empty(n * offset_groups * taps, height * width, dtype=torch.int32), empty(1, dtype=torch.int64)
-    for step in _sample_launches(integers, long, integers, args.offset, 0, shared):
-        yield step.case(name)
-    units = (0, n * offset_groups)
-    yield _input_launch(input, out, integers, args.offset, integers, units, args, shared).case(name)
+
+    def of(capability: tuple[int, int]) -> Iterator[_blocks.CompileCase]:
+        shared = _shared(args, input, args.weight, capability)
+        yield _forward_launch(out, args, shared).case(name)
+        yield _shifts_launch(args.offset, args.mask, out, args, shared).case(name)
+        yield _weight_launch(out, args, shared)[0].case(name)
+        for step in _sample_launches(integers, long, integers, args.offset, 0, shared):
+            yield step.case(name)
+        units = (0, n * offset_groups)
+        yield _input_launch(input, out, integers, args.offset, integers, units, args, shared).case(name)
+        if not last:
+            yield transpose_launch(out, input).case(name)
+
+    yield from _blocks.by_generation(of((8, 0)), of((9, 0)))

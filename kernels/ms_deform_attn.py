@@ -85,7 +85,7 @@ def compile_cases() -> Iterator[_blocks.CompileCase]:
         _cases(fp32, 8, 32, 22223, [4, 4, 4, 4]),
         _cases(fp32, 3, 20, 300, [4, 4, 4]),
     )
-    return sampling.once(case for call in calls for case in call)
+    return _blocks.once(case for call in calls for case in call)
 
 
 def _cases(

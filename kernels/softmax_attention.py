@@ -18,7 +18,7 @@ from torch import Tensor
 
 from accel.kernels import _attention_biases as biases
 from accel.kernels import _blocks
-from accel.kernels._attention_launch import LAUNCH_INTS, Tile, launch, shared
+from accel.kernels._attention_launch import LAUNCH_INTS, Tile, head_block, launch, shared
 from accel.kernels._attention_tiles import (
     LN_2,
     LOG2_E,
@@ -32,6 +32,7 @@ from accel.kernels._attention_tiles import (
     load_rows,
     load_sums,
     logits,
+    own_tile,
     pair_gradients,
     part_at,
     part_length,
@@ -68,9 +69,14 @@ def _attend(
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
+    PLAIN: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """One step of the online softmax over the tile of keys at ``j0``."""
+    """One step of the online softmax over the tile of keys at ``j0``.
+
+    With PLAIN the logits are products and no more, and stay in their units: the change of units is part of the
+    subtraction then.
+    """
     o, total, top = state
     k_ptr, k_s, v_ptr, v_s = key_side
     _, keys = shape
@@ -80,14 +86,23 @@ def _attend(
     k = load_rows(k_ptr, j, keys, k_s, D, BLOCK_D, PART, DOT)
     raw = tl.dot(q, tl.trans(k), input_precision="ieee")
     raw += raw * 0.0  # an infinite product becomes NaN, as −inf would pass for a key that is not seen
-    s, _capped = logits(raw, i[:, None], j[None, :], i0, j0, head, shape, terms, rows_ptr, GRID, SOFTCAP, BINARY)
+    scale, _, _, _, _ = terms
+    if PLAIN:
+        s = raw
+        unit = scale * LOG2_E
+    else:
+        s, _capped = logits(raw, i[:, None], j[None, :], i0, j0, head, shape, terms, rows_ptr, GRID, SOFTCAP, BINARY)
     if PART:
         seen = visible(i[:, None], j[None, :], i0, j0, shape, masks, RULE)
         s = tl.where(seen, s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, 1))
     base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
-    shrink = power(top - base, BINARY)
-    p = power(s - base[:, None], BINARY)
+    if PLAIN:
+        shrink = tl.exp2((top - base) * unit)
+        p = tl.exp2(s * unit - (base * unit)[:, None])
+    else:
+        shrink = power(top - base, BINARY)
+        p = power(s - base[:, None], BINARY)
     total = total * shrink + tl.sum(p, 1)
     if seed_ptr is not None:
         p = tl.where(keep(i[:, None], j[None, :], shape, dropout), p * keep_scale, 0.0)
@@ -135,8 +150,10 @@ def _forward(
     mask_t,
     mask_s,
     rows_b,
+    batches,
     heads,
     group,
+    together,
     queries,
     keys,
     line_length,
@@ -153,6 +170,7 @@ def _forward(
     SOFTCAP: tl.constexpr,
     BINARY: tl.constexpr,
     MASKED: tl.constexpr,
+    PLAIN: tl.constexpr,
     UNIT: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -164,9 +182,10 @@ def _forward(
 ):
     PART_N: tl.constexpr = half(BLOCK_N)
     tiles = tl.cdiv(queries, BLOCK_M)
-    i0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the last tiles have most to do under a causal rule
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    batch = (tl.program_id(0) // (tiles * heads)).to(tl.int64)
+    tile, unit = own_tile(tl.program_id(0), tiles, together, batches * heads)
+    i0 = (tiles - 1 - tile) * BLOCK_M  # the last tiles have most to do under a causal rule
+    head = (unit % heads).to(tl.int64)
+    batch = (unit // heads).to(tl.int64)
     i = i0 + tl.arange(0, BLOCK_M)
     shape = (queries, keys)
     if rows_ptr is not None:
@@ -188,14 +207,16 @@ def _forward(
     for offset in tl.range(0, part_length(spans), PART_N, num_stages=1, disable_licm=True):
         o, total, top = _attend(
             (o, total, top), q, key_side, i, i0, part_at(spans, offset), head, shape, terms, masks, dropout,
-            RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, PART_N, DOT, True,
+            RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, PART_N, DOT, PLAIN, True,
         )  # fmt: skip
     if not MASKED:
         for offset in tl.range(0, full_length(spans), BLOCK_N, disable_licm=True):
             o, total, top = _attend(
                 (o, total, top), q, key_side, i, i0, full_at(spans, offset), head, shape, terms, masks, dropout,
-                RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, BLOCK_N, DOT, False,
+                RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, BLOCK_N, DOT, PLAIN, False,
             )  # fmt: skip
+    if PLAIN:
+        top *= scale * LOG2_E
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head) * (LOG2_E if BINARY else 1.0)
         higher = tl.maximum(top, sink)
@@ -350,6 +371,33 @@ def _pull_keys(
     return grad_k, grad_v
 
 
+@triton.jit(do_not_specialize=["heads", "queries", *[f"{x}_{axis}" for x in ("out", "grad") for axis in "bht"]])
+def _row_sums(
+    sums_ptr,
+    out_ptr,
+    grad_ptr,
+    out_b,
+    out_h,
+    out_t,
+    grad_b,
+    grad_h,
+    grad_t,
+    heads,
+    queries,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The sum of output · upstream gradient over each row."""
+    tiles = tl.cdiv(queries, BLOCK_M)
+    unit = (tl.program_id(0) // tiles).to(tl.int64)
+    i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    batch, head = unit // heads, unit % heads
+    out = load_rows(out_ptr + batch * out_b + head * out_h, i, queries, out_t, E, BLOCK_E, True, tl.float32)
+    grad = load_rows(grad_ptr + batch * grad_b + head * grad_h, i, queries, grad_t, E, BLOCK_E, True, tl.float32)
+    tl.store(sums_ptr + unit * queries + i, tl.sum(out * grad, 1), mask=i < queries)
+
+
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def _backward_keys(
     grad_k_ptr,
@@ -396,8 +444,10 @@ def _backward_keys(
     mask_s,
     rows_b,
     spans_b,
+    batches,
     heads,
     group,
+    together,
     queries,
     keys,
     line_length,
@@ -426,10 +476,11 @@ def _backward_keys(
     """Gradients of a tile of keys of a key head: over the group's heads and the queries that see the tile."""
     PART_M: tl.constexpr = half(BLOCK_M)
     tiles = tl.cdiv(keys, BLOCK_N)
-    tile = tl.program_id(0) % tiles  # the first tiles have most to do under a causal rule
     key_heads = heads // group
-    key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
-    batch = (tl.program_id(0) // (tiles * key_heads)).to(tl.int64)
+    # the first tiles have most to do under a causal rule
+    tile, unit = own_tile(tl.program_id(0), tiles, (together + group - 1) // group, batches * key_heads)
+    key_head = (unit % key_heads).to(tl.int64)
+    batch = (unit // key_heads).to(tl.int64)
     j0 = tile * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
     shape = (queries, keys)
@@ -558,8 +609,10 @@ def _backward_queries(
     mask_t,
     mask_s,
     rows_b,
+    batches,
     heads,
     group,
+    together,
     queries,
     keys,
     line_length,
@@ -587,9 +640,10 @@ def _backward_queries(
 ):
     PART_N: tl.constexpr = half(BLOCK_N)
     tiles = tl.cdiv(queries, BLOCK_M)
-    i0 = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M  # the last tiles have most to do under a causal rule
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    batch = (tl.program_id(0) // (tiles * heads)).to(tl.int64)
+    tile, unit = own_tile(tl.program_id(0), tiles, together, batches * heads)
+    i0 = (tiles - 1 - tile) * BLOCK_M  # the last tiles have most to do under a causal rule
+    head = (unit % heads).to(tl.int64)
+    batch = (unit // heads).to(tl.int64)
     i = i0 + tl.arange(0, BLOCK_M)
     shape = (queries, keys)
     if rows_ptr is not None:
@@ -624,7 +678,7 @@ def _backward_queries(
     store_rows(grad_q_at, grad_q * scale, i, queries, grad_q_t * UNIT, D, BLOCK_D)
 
 
-# --- tiles: chosen by the compile gate's registers and by what others measured, not yet by measurement ---
+# --- tiles ---
 
 
 def _weight(args: Args) -> int:
@@ -636,58 +690,91 @@ def _weight(args: Args) -> int:
     return 2 if args.table is not None else more
 
 
-def _choose(args: Args, table: dict[tuple[int, int], Tile], small: Tile, fp32: tuple[Tile, Tile]) -> Tile:
-    """The tile for the wider of both head sizes and the weight of a logit; ``small`` for what is not in the table."""
-    widest = max(64, triton.next_power_of_2(max(args.q.shape[3], args.v.shape[3])))
-    if args.q.element_size() == 4:
-        tile = fp32[0] if widest == 64 else fp32[1]
-    else:
-        tile = table.get((widest, _weight(args)), small)
-    return tile.within(args.q.shape[2], args.k.shape[2])
+Tiles = dict[tuple[int, int], Tile]
+"""By head size and weight of a logit."""
 
 
-# by head size and weight of a logit
-_FORWARD = {
-    (64, 0): Tile(128, 64, 4, 3),
-    (64, 1): Tile(64, 64, 4, 2),
-    (64, 2): Tile(64, 64, 8, 2),
-    (128, 0): Tile(128, 64, 8, 3),
-    (128, 1): Tile(64, 64, 8, 2),
-    (128, 2): Tile(64, 64, 8, 2),
-    (256, 0): Tile(64, 32, 8, 2),
-    (256, 1): Tile(64, 32, 8, 2),
-}
-_KEYS = {
-    (64, 0): Tile(32, 64, 8, 2),
-    (64, 1): Tile(32, 64, 8, 1),
-    (64, 2): Tile(32, 32, 4, 2),
-    (128, 0): Tile(32, 64, 8, 2),
-    (128, 1): Tile(32, 64, 8, 1),
-    (256, 0): Tile(32, 32, 8, 1),
-    (256, 1): Tile(32, 32, 8, 1),
-}
-_QUERIES = {
-    (64, 0): Tile(128, 64, 8, 2),
-    (64, 1): Tile(64, 32, 4, 2),
-    (64, 2): Tile(64, 32, 8, 2),
-    (128, 0): Tile(128, 64, 8, 2),
-    (128, 1): Tile(64, 32, 8, 2),
-    (256, 0): Tile(32, 32, 8, 1),
-    (256, 1): Tile(32, 32, 8, 1),
-}
-_SMALL = Tile(32, 32, 8, 1)
+@dataclass(frozen=True)
+class _Choice:
+    """The tiles of one kernel: on Hopper those of ``hopper`` first, a small one for what is in no table."""
+
+    every: Tiles
+    hopper: Tiles
+    fp32: tuple[Tile, Tile]  # for heads up to 64 and wider ones
+
+    def of(self, args: Args, capability: tuple[int, int]) -> Tile:
+        """For the wider of both head sizes and the weight of a logit."""
+        widest = max(64, triton.next_power_of_2(max(args.q.shape[3], args.v.shape[3])))
+        key = (widest, _weight(args))
+        if args.q.element_size() == 4:
+            tile = self.fp32[0] if widest == 64 else self.fp32[1]
+        elif capability[0] == 9 and key in self.hopper:
+            tile = self.hopper[key]
+        else:
+            tile = self.every.get(key, Tile(32, 32, 8, 1))
+        return tile.within(args.q.shape[2], args.k.shape[2])
 
 
-def forward_tile(args: Args) -> Tile:
-    return _choose(args, _FORWARD, _SMALL, (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)))
-
-
-def keys_tile(args: Args) -> Tile:
-    return _choose(args, _KEYS, _SMALL, (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)))
-
-
-def queries_tile(args: Args) -> Tile:
-    return _choose(args, _QUERIES, _SMALL, (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)))
+# Those for every GPU were chosen by the registers that the compile gate reports. Those for Hopper were measured on an
+# H200, with 8192 tokens (weight 0), 2048 (1) and 577 (2): the fastest that do not spill, or one that spills and is
+# faster by a tenth or more.
+FORWARD = _Choice(
+    every={
+        (64, 0): Tile(128, 64, 4, 3),
+        (64, 1): Tile(64, 64, 4, 2),
+        (64, 2): Tile(64, 64, 8, 2),
+        (128, 0): Tile(128, 64, 8, 3),
+        (128, 1): Tile(64, 64, 8, 2),
+        (128, 2): Tile(64, 64, 8, 2),
+        (256, 0): Tile(64, 32, 8, 2),
+        (256, 1): Tile(64, 32, 8, 2),
+    },
+    hopper={
+        (64, 1): Tile(64, 64, 4, 2),
+        (64, 2): Tile(64, 64, 4, 2, spill=48),
+        (128, 0): Tile(128, 128, 8, 3),
+        (128, 1): Tile(64, 64, 4, 2, spill=320),
+    },
+    fp32=(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+)
+KEYS = _Choice(
+    every={
+        (64, 0): Tile(32, 64, 8, 2),
+        (64, 1): Tile(32, 64, 8, 1),
+        (64, 2): Tile(32, 32, 4, 1),
+        (128, 0): Tile(32, 64, 8, 2),
+        (128, 1): Tile(32, 64, 8, 1),
+        (256, 0): Tile(32, 32, 8, 1),
+        (256, 1): Tile(32, 32, 8, 1),
+    },
+    hopper={
+        (64, 0): Tile(64, 64, 4, 2),
+        (64, 1): Tile(64, 64, 4, 1),
+        (64, 2): Tile(64, 64, 4, 1),
+        (128, 0): Tile(64, 128, 8, 2, spill=256),
+        (128, 1): Tile(64, 64, 4, 1, spill=320),
+    },
+    fp32=(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+QUERIES = _Choice(
+    every={
+        (64, 0): Tile(128, 64, 8, 2),
+        (64, 1): Tile(64, 32, 4, 2),
+        (64, 2): Tile(64, 32, 8, 2),
+        (128, 0): Tile(128, 64, 8, 2),
+        (128, 1): Tile(64, 32, 8, 2),
+        (256, 0): Tile(32, 32, 8, 1),
+        (256, 1): Tile(32, 32, 8, 1),
+    },
+    hopper={
+        (64, 0): Tile(128, 64, 8, 3),
+        (64, 1): Tile(64, 64, 4, 1),
+        (64, 2): Tile(64, 64, 4, 1),
+        (128, 0): Tile(128, 64, 8, 3),
+        (128, 1): Tile(64, 64, 4, 2),
+    },
+    fp32=(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
 
 
 # --- launches ---
@@ -728,12 +815,33 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return _empty(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _forward_launch(out: Tensor, lse: Tensor, args: Args) -> Any:
-    tile = forward_tile(args)
+def _forward_launch(out: Tensor, lse: Tensor, args: Args, capability: tuple[int, int]) -> Any:
+    tile = FORWARD.of(args, capability)
     programs = lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], tile.queries)
     return launch(
         _forward, programs, tile, **shared(args, {"out": out}), out_ptr=out, lse_ptr=lse, sinks_ptr=args.sinks
     )
+
+
+def _sums_launch(sums: Tensor, grad_out: Tensor, out: Tensor) -> Any:
+    sides = (("out", out), ("grad", grad_out))
+    steps = {f"{name}_{axis}": x.stride(n) for name, x in sides for n, axis in enumerate("bht")}
+    batches, heads, queries, size = out.shape
+    tile = Tile(max(1, 2048 // head_block(size)), 16, 4, 1)
+    given = {"sums_ptr": sums, "out_ptr": out, "grad_ptr": grad_out, "heads": heads, "queries": queries, "E": size}
+    programs = batches * heads * triton.cdiv(queries, tile.queries)
+    return launch(_row_sums, programs, tile, **given, **steps, BLOCK_E=head_block(size))
+
+
+def row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
+    """``(B, H, T)`` fp32: the sum of ``out`` · ``grad_out``, both ``(B, H, T, E)``, over the last axis.
+
+    torch would write both in fp32 first, which takes as long as a tenth of the backward pass at 8192 tokens.
+    """
+    sums = out.new_empty(out.shape[:3], dtype=torch.float32)
+    with _blocks.device_of(out):
+        _sums_launch(sums, grad_out, out).run()
+    return sums
 
 
 @dataclass(frozen=True)
@@ -763,7 +871,9 @@ def _span_launches(args: Args, tile: Tile) -> tuple[list[Any], Tensor | None, in
     return launches, spans, 8 * key_tiles if batches > 1 else 0
 
 
-def _backward_plan(grad_out: Tensor, delta: Tensor, lse: Tensor, args: Args, needs: list[bool]) -> _Backward:
+def _backward_plan(
+    grad_out: Tensor, delta: Tensor, lse: Tensor, args: Args, needs: list[bool], capability: tuple[int, int]
+) -> _Backward:
     q, k, v = args.q, args.k, args.v
     grad_q, grad_k, grad_v = (_empty(x, tuple(x.shape)) for x in (q, k, v))
     given = {
@@ -775,11 +885,11 @@ def _backward_plan(grad_out: Tensor, delta: Tensor, lse: Tensor, args: Args, nee
         "lse_ptr": lse,
         "delta_ptr": delta,
     }
-    tile = keys_tile(args)
+    tile = KEYS.of(args, capability)
     launches, spans, spans_b = _span_launches(args, tile)
     programs = k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tile.keys)
     launches.append(launch(_backward_keys, programs, tile, **given, spans_ptr=spans, spans_b=spans_b))
-    tile = queries_tile(args)
+    tile = QUERIES.of(args, capability)
     programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tile.queries)
     launches.append(launch(_backward_queries, programs, tile, **given))
     parts: list[Tensor | None] = []
@@ -788,7 +898,7 @@ def _backward_plan(grad_out: Tensor, delta: Tensor, lse: Tensor, args: Args, nee
     ):
         part = None
         if wanted and x is not None:
-            more, part = plan(args, given)
+            more, part = plan(args, given, capability)
             launches.append(more)
         parts.append(part)
     return _Backward(launches, (grad_q, grad_k, grad_v), (parts[0], parts[1], parts[2]))
@@ -799,7 +909,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     given = Args(*args)
     out, lse = _results(given.q, given.v)
     with _blocks.device_of(given.q):
-        _forward_launch(out, lse, given).run()
+        _forward_launch(out, lse, given, _blocks.capability(given.q)).run()
     return out.to(given.q.dtype), lse
 
 
@@ -811,7 +921,7 @@ def backward(grad_out: Tensor, delta: Tensor, lse: Tensor, *rest: Any) -> tuple[
     *args, needs = rest
     given = Args(*args)
     with _blocks.device_of(given.q):
-        plan = _backward_plan(grad_out, delta.contiguous(), lse.contiguous(), given, needs)
+        plan = _backward_plan(grad_out, delta.contiguous(), lse.contiguous(), given, needs, _blocks.capability(given.q))
         for step in plan.launches:
             step.run()
         small = [lse.new_empty(0) if part is None else part.sum(0).contiguous() for part in plan.parts]
@@ -824,13 +934,7 @@ def backward(grad_out: Tensor, delta: Tensor, lse: Tensor, *rest: Any) -> tuple[
 
 def compile_cases() -> Iterator[_blocks.CompileCase]:
     """Every tile of the tables, plain and in the heaviest calls that reach it; what the compiler sees twice, once."""
-    seen = set()
-    for dtype, head_sizes, flags in _calls():
-        for case in _cases(dtype, head_sizes, **flags):
-            key = repr((case.kernel.__name__, case.signature, case.constexprs, case.warps, case.stages))
-            if key not in seen:
-                seen.add(key)
-                yield case
+    return _blocks.once(case for dtype, sizes, flags in _calls() for case in _cases(dtype, sizes, **flags))
 
 
 def _calls() -> Iterator[tuple[torch.dtype, tuple[int, int], dict[str, Any]]]:
@@ -893,6 +997,11 @@ def _cases(
         dropout_p=0.1 if dropout else 0.0,
     )
     out, lse = _results(args.q, args.v)
-    yield _forward_launch(out, lse, args).case(name)
-    for step in _backward_plan(out, lse, lse, args, [True] * 3).launches:
-        yield step.case(name)
+
+    def of(capability: tuple[int, int]) -> Iterator[_blocks.CompileCase]:
+        yield _forward_launch(out, lse, args, capability).case(name)
+        yield _sums_launch(lse, out, out).case(name)
+        for step in _backward_plan(out, lse, lse, args, [True] * 3, capability).launches:
+            yield step.case(name)
+
+    yield from _blocks.by_generation(of((8, 0)), of((9, 0)))

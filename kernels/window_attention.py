@@ -195,6 +195,16 @@ def _logits(
 
 
 @triton.jit
+def _rounding(x, DOT: tl.constexpr):
+    """What rounding takes from ``x``, rounded itself.
+
+    The gradient of the factor of cosine attention is the sum of grad_q · q. Its terms have both signs, and the rounding
+    of what grad_q is a product of would show.
+    """
+    return (x - x.to(DOT).to(tl.float32)).to(DOT)
+
+
+@triton.jit
 def _keep(seed_ptr, threshold, window, head, num_heads, i, j, N: tl.constexpr):
     """Dropout's keep bits of a tile of ``(B, windows, H, N, N)``; ``window`` counts through the batch."""
     position = ((window.to(tl.int64) * num_heads + head) * N + i[:, None]) * N + j[None, :]
@@ -412,17 +422,21 @@ def _backward_tile(
         grad_s = p * (grad_p - tl.sum(p * grad_p, 1)[:, None])
         if bias_part_ptr is not None:
             grad_bias += grad_s
-        grad_s = grad_s.to(DOT)
         if head_scale_ptr is not None:
-            unit_k = (k.to(tl.float32) * inverse_k[:, None]).to(DOT)
-            grad_q = tl.dot(grad_s, unit_k, input_precision="ieee")
-            if head_part_ptr is not None:  # the sum of grad_s · cosine over keys is that of grad_q · q over channels
-                grad_head += tl.sum(q.to(tl.float32) * inverse_q[:, None] * grad_q, 1)
+            scaled = grad_s * inverse_k[None, :]
+            grad_q = tl.dot(scaled.to(DOT), k, input_precision="ieee")
+            if head_part_ptr is not None:
+                whole = grad_q
+                if tl.float32 != DOT:
+                    whole = tl.dot(_rounding(scaled, DOT), k, grad_q, input_precision="ieee")
+                grad_head += tl.sum(q.to(tl.float32) * inverse_q[:, None] * whole, 1)
+            grad_s = grad_s.to(DOT)
             grad_q = _unnormalize(grad_q * factor, q, inverse_q, above_q)
             unit_q = (q.to(tl.float32) * inverse_q[:, None]).to(DOT)
             grad_k = tl.dot(tl.trans(grad_s), unit_q, input_precision="ieee") * factor
             grad_k = _unnormalize(grad_k, k, inverse_k, above_k)
         else:
+            grad_s = grad_s.to(DOT)
             grad_q = tl.dot(grad_s, k, input_precision="ieee") * factor
             grad_k = tl.dot(tl.trans(grad_s), q, input_precision="ieee") * factor
         _store_rows(grad_qkv_ptr, grad_q, row, real, 3 * C, head * D, D, BLOCK_D)
@@ -596,6 +610,7 @@ def _backward_queries(
     delta *= inverse_total
     tl.store(delta_ptr + at_i, delta, mask=i < N)
     tl.store(inverse_total_ptr + at_i, inverse_total, mask=i < N)
+    along = tl.zeros((BLOCK,), tl.float32)
     grad_q = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     for start in tl.range(0, N, BLOCK, disable_licm=True):
         j = start + tl.arange(0, BLOCK)
@@ -610,15 +625,19 @@ def _backward_queries(
         s = _logits(q, k, inverse_q, inverse_k, tile, factor, round_i, round_j, last, mask_value, SZ + SY + SX > 0)
         p = tl.exp(s - lse[:, None]) * inverse_total[:, None]
         _used, grad_p = _drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, j, N)
+        grad_s = p * (grad_p - delta[:, None])
         if head_scale_ptr is not None:
-            k = (k.to(tl.float32) * inverse_k[:, None]).to(DOT)
-        grad_q += tl.dot((p * (grad_p - delta[:, None])).to(DOT), k, input_precision="ieee")
+            grad_s *= inverse_k[None, :]
+        if head_part_ptr is not None and tl.float32 != DOT:
+            lost = tl.dot(_rounding(grad_s, DOT), k, input_precision="ieee")
+            along += tl.sum(q.to(tl.float32) * inverse_q[:, None] * lost, 1)
+        grad_q += tl.dot(grad_s.to(DOT), k, input_precision="ieee")
     if head_scale_ptr is not None:
         # read again: kept over both loops it would make fp32 heads of 128 spill
         q = _load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, fill_ptr, D, BLOCK_D, DOT)
         inverse_q, above_q = _inverse_norm(q)
         if head_part_ptr is not None:
-            along = tl.sum(q.to(tl.float32) * inverse_q[:, None] * grad_q, 1)
+            along += tl.sum(q.to(tl.float32) * inverse_q[:, None] * grad_q, 1)
             tl.store(head_part_ptr + tl.program_id(0), tl.sum(along, 0))
         grad_q = _unnormalize(grad_q, q, inverse_q, above_q)
     _store_rows(grad_qkv_ptr, grad_q * factor, row_i, real_i, 3 * C, head * D, D, BLOCK_D)
@@ -875,7 +894,7 @@ def backward_tile(tokens: int, head_dim: int, itemsize: int, cosine: bool, dropo
     if tokens <= 32 and not (cosine and (dropout or padded)):
         return Tile(True, 32, 4)
     if tokens <= 64 and head_dim in (16, 32) and not dropout and not (cosine and (padded or tokens < 64)):
-        return Tile(True, 64, 4)
+        return Tile(True, 64, 8 if cosine else 4)
     if cosine or dropout or head_dim > 32:
         return _small_blocks(tokens, head_dim, itemsize)
     return _blocks_of(64, 4, tokens)
@@ -1161,13 +1180,9 @@ def compile_cases() -> Iterator[_blocks.CompileCase]:
 
     What differs only by tensors' shapes, or by nothing the kernel sees, comes once.
     """
-    seen = set()
-    for dtype, window, head_dim, flags in _calls():
-        for case in _cases(dtype, window, head_dim, **flags):
-            key = repr((case.kernel.__name__, case.signature, case.constexprs, case.warps))
-            if key not in seen:
-                seen.add(key)
-                yield case
+    return _blocks.once(
+        case for dtype, window, size, flags in _calls() for case in _cases(dtype, window, size, **flags)
+    )
 
 
 def _calls() -> Iterator[tuple[torch.dtype, list[int], int, dict[str, bool]]]:

@@ -32,7 +32,8 @@ def test_kernels_compile_without_spills(stem: str, tmp_path: Path) -> None:
     assert {row["architecture"] for row in rows} == {80, 90, 100}
     for row in rows:
         assert row["registers"] > 0, row
-        assert row["stack"] <= compile_gate.STACK_LIMIT, row
+        assert row["stack"] <= row["stack_limit"], row
+        assert row["stack_limit"] == compile_gate.STACK_LIMIT or row["architecture"] == 90, "only Hopper was measured"
         assert row["shared"] <= compile_gate.SHARED_LIMIT[row["architecture"]], row
 
 

@@ -5,6 +5,7 @@ import torch
 from test_deform_attention2d import BEHAVIOUR, CASES
 
 import accel
+from accel.ops.deform_attention2d import OP
 from accel.testing import check_op
 
 pytestmark = [
@@ -34,9 +35,11 @@ def call(input, offset, mask, **kwargs):
     return accel.deform_attention2d(input, offset, mask, kernel_size=3, padding=1, softmax=True, **kwargs)
 
 
-def test_triton_is_the_choice_on_a_gpu():
-    text = accel.explain(accel.deform_attention2d, *inputs(), kernel_size=3, padding=1)
-    assert "-> triton: can run this call" in text
+def test_a_kernel_of_ours_is_the_choice_on_a_gpu():
+    given = inputs()
+    text = accel.explain(accel.deform_attention2d, *given, kernel_size=3, padding=1)
+    built = OP.backend("cuda").why_not(OP.prepare(*given, kernel_size=3, padding=1)) is None
+    assert f"-> {'cuda' if built else 'triton'}: can run this call" in text
 
 
 @pytest.fixture(params=BACKENDS)

@@ -99,7 +99,7 @@ def case(
             tensors["mask"] = (torch.rand(mask, generator=generator) < 0.7).to(device)
         if change is not None:
             change(tensors)
-        given = dict(kwargs)
+        given = {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in kwargs.items()}
         if lengths is not None:
             given["cu_seqlens_q"] = cumulative(lengths, cu_dtype, device)
         if lengths_k is not None:
@@ -682,7 +682,7 @@ SIZES = [(9, 9), (5, 11), (11, 5), (1, 7), (7, 1)]
         ({"pattern": [BlockCausal(4), BlockCausal(3)]}, lambda p, i, j: j // 3 <= p // 3 and j // 4 <= p // 4),
         ({"pattern": BlockCausal(3), "causal": True}, lambda p, i, j: j <= p),
     ],
-    ids=str,
+    ids=lambda x: "definition" if callable(x) else str(x),
 )  # fmt: skip
 def test_rules_are_their_definition(T, S, arguments, seen):
     agree(drawn(T, S), arguments, seen=lambda b, i, j: seen(i + S - T, i, j))

@@ -22,6 +22,7 @@ from accel.ops._attention_rules import (
     PrefixLM,
     Queries,
     T5Buckets,
+    at_most,
     key_intervals,
 )
 
@@ -286,7 +287,7 @@ def _make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Tu
         where = Queries(position, aligned, count, key_count, sequence)
         add = add + key_count - count if turn.by_length else add
     bounds = [
-        (b.clamp_min(0).minimum(torch.as_tensor(where.keys, device=q.device)) + first_key).clamp(0, keys)
+        (at_most(b.clamp_min(0), where.keys) + first_key).clamp(0, keys)
         for b in key_intervals(where, rule.left, rule.right, rule.patterns)
     ]
     if real is not None:

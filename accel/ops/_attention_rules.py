@@ -21,6 +21,15 @@ Interval = tuple[Any, Any]
 """First key and the key behind the last, each an int or an int32 tensor over queries."""
 
 
+def at_least(x: Tensor, bound: int | Tensor) -> Tensor:
+    """Numbers stay numbers: as tensors they would be copied to the GPU, which waits, and no CUDA graph takes it."""
+    return torch.maximum(x, bound) if isinstance(bound, Tensor) else x.clamp_min(bound)
+
+
+def at_most(x: Tensor, bound: int | Tensor) -> Tensor:
+    return torch.minimum(x, bound) if isinstance(bound, Tensor) else x.clamp_max(bound)
+
+
 class Queries(NamedTuple):
     """Where each query stands; every field an int or an int32 tensor that broadcasts to ``(B or 1, T)``."""
 
@@ -52,7 +61,7 @@ class PrefixLM:
             if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool:
                 raise ValueError(f"PrefixLM takes an int or integers (B,), got {given.dtype} {tuple(given.shape)}")
             lengths = given.clamp_max(FAR).to(at.position.device, torch.int32)[at.sequence]
-        return [(0, torch.maximum(at.aligned + 1, torch.as_tensor(lengths, device=at.position.device)))]
+        return [(0, at_least(at.aligned + 1, lengths))]
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ class BlockDiffusion:
         half, n = at.keys // 2, min(self.n, FAR)
         noised = at.position < half
         start = torch.where(noised, at.position, at.position - half).div(n, rounding_mode="floor") * n
-        end = torch.minimum(start + n, torch.as_tensor(half, device=start.device))
+        end = at_most(start + n, half)
         own = (torch.where(noised, start, half), torch.where(noised, end, half + end))
         return [own, (half, torch.where(noised, half + start, half))]
 
@@ -111,11 +120,7 @@ def key_intervals(at: Queries, left: int, right: int, patterns: Sequence[Pattern
         high = torch.minimum(high, at.aligned + min(right, FAR - 1) + 1)
     pieces: list[Interval] = [(low, high)]
     for pattern in patterns:
-        pieces = [
-            (torch.maximum(a, torch.as_tensor(c, device=a.device)), torch.minimum(b, d))
-            for a, b in pieces
-            for c, d in pattern.intervals(at)
-        ]
+        pieces = [(at_least(a, c), torch.minimum(b, d)) for a, b in pieces for c, d in pattern.intervals(at)]
     (a, b), (c, d) = pieces[0], pieces[1] if len(pieces) > 1 else (high, high)
     return a, torch.maximum(a, b), c, torch.maximum(c, d)
 

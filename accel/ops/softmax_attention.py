@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accel import dispatch, library, philox
+from accel.ops import _attention_torch
 from accel.ops._attention_arguments import (
     INT32_MAX,
     Turn,
@@ -170,6 +171,16 @@ def _triton_forward(*args: Any) -> Any:
     return dispatch.leaf("accel.kernels.softmax_attention")[0].forward(*args)
 
 
+def _torch_forward(*args: Any) -> Any:
+    given = Args(*args)
+    out, lse = _attention_torch.forward(given.q, given.k, given.v, given.scale)
+    return _as_promised(out, given.q), lse
+
+
+def _why_not_torch(args: Args) -> str | None:
+    return _attention_torch.why_not(args) or _why_not_triton(args)  # which computes its backward
+
+
 def _triton_backward(*args: Any) -> Any:
     return dispatch.leaf("accel.kernels.softmax_attention")[0].backward(*args)
 
@@ -189,6 +200,12 @@ def empty_like_layout(x: Tensor, shape: Sequence[int]) -> Tensor:
     if x.shape[1] > 1 and x.stride(1) < x.stride(2):
         return x.new_empty((b, t, h, d)).transpose(1, 2)
     return x.new_empty((b, h, t, d))
+
+
+def _as_promised(out: Tensor, q: Tensor) -> Tensor:
+    """``out`` in the layout that callers of the registered op rely on."""
+    promised = empty_like_layout(torch.empty_strided(q.shape, q.stride(), device="meta"), tuple(out.shape))
+    return out if out.stride() == promised.stride() else empty_like_layout(q, tuple(out.shape)).copy_(out)
 
 
 def _forward(*args: Any) -> Any:
@@ -216,10 +233,17 @@ _forward_op = library.register(
 )
 
 
+def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
+    if out.device.type == "cuda" and dispatch.leaf_reason("accel.kernels.softmax_attention") is None:
+        sums: Tensor = dispatch.leaf("accel.kernels.softmax_attention")[0].row_sums(grad_out, out)
+        return sums
+    return (grad_out.float() * out.float()).sum(-1)
+
+
 def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
     """What all backends share: the row's sum Σ p·dp = dO·O, less the gradient of the log-sum-exp, and the sinks."""
     *args, needs, name = rest
-    delta = (grad_out.float() * out.float()).sum(-1)
+    delta = _row_sums(grad_out, out)
     if grad_lse is not None:  # which may be infinite where nothing is seen
         delta = torch.where(lse == -math.inf, 0.0, delta - grad_lse)
     sinks = args[6]
@@ -485,6 +509,9 @@ OP = dispatch.register(
         example=_example,
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend(
+                "torch", _why_not_torch, _torch_forward, _triton_backward, frozenset(), _attention_torch.HALF_DTYPES
+            ),
             dispatch.Backend(
                 "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),

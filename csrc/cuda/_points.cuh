@@ -1,10 +1,11 @@
 // Weighted sums of samples, and the gradients of positions and weights. A row is a query and a head, and has its own
-// points; a group of lanes owns it, 16 bytes of its channels a lane. A warp first works out the corners of up to 128
-// points of its rows, each once, and leaves them in shared memory.
+// points; a group of lanes owns it, 16 bytes of its channels a lane. Where rows are few, several such groups share out
+// its points. A warp first works out the corners of up to 128 points of its rows, each once, and leaves them in shared
+// memory.
 //
 // What differs from op to op is a Source, a plain struct with
 //   Rows n                                        sizes
-//   float2 begin_row(row, sub, lanes)             what the points of a row share; all lanes of the group call it
+//   float2 begin_row(row, sub, lanes)             what the points of a row share; all its lanes call it
 //   Point point(row, k, shared)                   the k-th point of a row
 //   void write(row, k, grad_y, grad_x, grad_weight)
 #pragma once
@@ -37,18 +38,34 @@ namespace points {
 
 constexpr int warps = 4, threads = 32 * warps, at_once = 128;
 
+// How a row is shared out: `lanes` for its channels in each of `parts` for its points.
+struct Split {
+  int lanes, parts;
+  __host__ __device__ int all() const { return lanes * parts; }
+};
+
+constexpr int64_t busy_threads = 1 << 17;  // as many as an H100 has in flight
+
+// The order of every sum, so chosen by the call alone.
+inline Split split_for(const Rows& n, int lanes) {
+  int parts = 1;
+  while (2 * parts * lanes <= 32 && 2 * parts <= n.points && n.count() * lanes * parts < busy_threads) parts *= 2;
+  return {lanes, parts};
+}
+
 // The rows of a warp, and the place of this lane among them.
 struct Share {
-  int rows, chunk;  // of the warp at once; points of each row at once
-  int group, sub;   // which row, which part of its channels
-  int64_t first;    // row of the warp
+  int rows, chunk;       // of the warp at once; points of each row at once
+  int group, part, sub;  // which row, which of its points, which of its channels
+  int64_t first;         // row of the warp
 
-  __device__ explicit Share(int lanes) {
+  __device__ explicit Share(Split split) {
     int lane = int(threadIdx.x) % 32;
-    rows = 32 / lanes;
+    rows = 32 / split.all();
     chunk = at_once / rows;
-    group = lane / lanes;
-    sub = lane % lanes;
+    group = lane / split.all();
+    part = lane / split.lanes % split.parts;
+    sub = lane % split.lanes;
     first = (int64_t{blockIdx.x} * warps + threadIdx.x / 32) * rows;
   }
 };
@@ -61,38 +78,40 @@ __device__ __forceinline__ const T* pixels_of(const T* map, const Rows& n, int64
 
 // What the points of each of the warp's rows share, where every lane finds it.
 template <class Source>
-__device__ __forceinline__ void begin_rows(const Source& source, const Share& share, int lanes, float2 (&shared)[32]) {
+__device__ __forceinline__ void begin_rows(const Source& source, const Share& share, Split split, float2 (&shared)[32]) {
   int64_t row = share.first + share.group;
-  float2 mine = source.begin_row(row < source.n.count() ? row : 0, share.sub, lanes);
-  if (share.sub == 0) shared[share.group] = mine;
+  int lane = int(threadIdx.x) % split.all();
+  float2 mine = source.begin_row(row < source.n.count() ? row : 0, lane, split.all());
+  if (lane == 0) shared[share.group] = mine;
   __syncwarp();
 }
 
 // out[row] = Σ over points and corners of weight · pixel. Points lie in shared memory point by point, row after row.
 template <class T, int N, class Source>
 __global__ void __launch_bounds__(threads, 8)
-    forward(const __grid_constant__ Source source, int lanes, const T* map, T* out) {
+    forward(const __grid_constant__ Source source, Split split, const T* map, T* out) {
   ACCEL_SHARED(int4, corners, [warps][at_once]);
   ACCEL_SHARED(float4, parts, [warps][at_once]);
   ACCEL_SHARED(float2, begun, [warps][32]);
   const Rows& n = source.n;
   int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  Share share(lanes);
+  Share share(split);
   int64_t row = share.first + share.group, rows = n.count();
-  int channel = (int(blockIdx.y) * lanes + share.sub) * N, stride = n.heads * n.channels;
+  int channel = (int(blockIdx.y) * split.lanes + share.sub) * N, stride = n.heads * n.channels;
   bool active = row < rows && channel < n.channels;
   const T* pixels = pixels_of(map, n, row < rows ? row : 0) + channel;
   float sum[N] = {};
-  begin_rows(source, share, lanes, begun[warp]);
+  begin_rows(source, share, split, begun[warp]);
   for (int begin = 0; begin < n.points; begin += share.chunk) {
     __syncwarp();  // the points before are used up
+    int count = min(share.chunk, n.points - begin);
 #pragma unroll 2
-    for (int i = lane; i < at_once; i += 32) {
+    for (int i = lane; i < count * share.rows; i += 32) {
       int point = begin + i / share.rows;
       int64_t of_row = share.first + i % share.rows;
       int4 at = make_int4(-1, -1, -1, -1);
       float4 part = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (of_row < rows && point < n.points) {
+      if (of_row < rows) {
         Point p = source.point(of_row, point, begun[warp][i % share.rows]);
         Corners c = corners_at(p.y, p.x, p.map, n.pixels);
         float above = p.weight * (1.f - c.down), below = p.weight * c.down;
@@ -103,9 +122,8 @@ __global__ void __launch_bounds__(threads, 8)
       parts[warp][i] = part;
     }
     __syncwarp();
-    int count = min(share.chunk, n.points - begin);
 #pragma unroll 2
-    for (int point = 0; point < count; ++point) {
+    for (int point = share.part; point < count; point += split.parts) {
       int4 at = corners[warp][point * share.rows + share.group];
       float4 part = parts[warp][point * share.rows + share.group];
       auto a = Channels<T, N>::load(pixels + int64_t{at.x} * stride, at.x >= 0 && active);
@@ -118,38 +136,42 @@ __global__ void __launch_bounds__(threads, 8)
       d.add_to(sum, part.w);
     }
   }
-  if (active) Channels<T, N>::store(out + row * n.channels + channel, sum);
+  for (int bits = split.lanes; bits < split.all(); bits *= 2)
+#pragma unroll
+    for (int k = 0; k < N; ++k) sum[k] += __shfl_xor_sync(all_lanes, sum[k], bits);
+  if (active && share.part == 0) Channels<T, N>::store(out + row * n.channels + channel, sum);
 }
 
 // Gradients of positions and weights: all follow from the four products of the gradient with the corners, which the
 // lanes of a group add up in a fixed order.
 template <class T, int N, class Source>
-__global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ Source source, Groups groups,
-                                                       const T* map, const T* grad_out, GradRows strides) {
+__global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ Source source, Split split,
+                                                       int tiles, const T* map, const T* grad_out, GradRows strides) {
   ACCEL_SHARED(int4, corners, [warps][at_once]);
   ACCEL_SHARED(float4, parts, [warps][at_once]);
   ACCEL_SHARED(float, results, [3][warps][at_once]);
   ACCEL_SHARED(float2, begun, [warps][32]);
   const Rows& n = source.n;
   int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  Share share(groups.lanes);
+  Share share(split);
   int64_t row = share.first + share.group, rows = n.count();
   int stride = n.heads * n.channels;
   bool valid = row < rows;
   const T* pixels = pixels_of(map, n, valid ? row : 0);
   const T* grads = grad_out + (valid ? row / n.heads * strides.query + row % n.heads * n.channels : 0);
-  bool same = groups.tiles == 1 && strides.point == 0;  // one gradient for all points
+  bool same = tiles == 1 && strides.point == 0;  // one gradient for all points
   float grad[N];
   Channels<T, N>::load(grads + share.sub * N, valid && share.sub * N < n.channels).widen_to(grad);
-  begin_rows(source, share, groups.lanes, begun[warp]);
+  begin_rows(source, share, split, begun[warp]);
   for (int begin = 0; begin < n.points; begin += share.chunk) {
+    int count = min(share.chunk, n.points - begin);
 #pragma unroll 2
-    for (int i = lane; i < at_once; i += 32) {
+    for (int i = lane; i < count * share.rows; i += 32) {
       int point = begin + i / share.rows;
       int64_t of_row = share.first + i % share.rows;
       int4 at = make_int4(-1, -1, -1, -1);
       float4 part = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (of_row < rows && point < n.points) {
+      if (of_row < rows) {
         Point p = source.point(of_row, point, begun[warp][i % share.rows]);
         Corners c = corners_at(p.y, p.x, p.map, n.pixels);
         at = c.at;
@@ -159,16 +181,17 @@ __global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ S
       parts[warp][i] = part;
     }
     __syncwarp();
-    int count = min(share.chunk, n.points - begin);
-    for (int point = 0; point < count; ++point) {
-      int i = point * share.rows + share.group;
-      int4 at = corners[warp][i];
+    for (int first = 0; first < count; first += split.parts) {
+      bool some = first + share.part < count;  // all lanes go on, as they add up together
+      int i = some ? (first + share.part) * share.rows + share.group : 0;
+      int4 at = some ? corners[warp][i] : make_int4(-1, -1, -1, -1);
       float4 part = parts[warp][i];
       float dot[4] = {};
-      for (int tile = 0; tile < groups.tiles; ++tile) {
-        int channel = (tile * groups.lanes + share.sub) * N;
-        bool active = valid && channel < n.channels;
-        if (!same) Channels<T, N>::load(grads + (begin + point) * strides.point + channel, active).widen_to(grad);
+      for (int tile = 0; tile < tiles; ++tile) {
+        int channel = (tile * split.lanes + share.sub) * N;
+        bool active = valid && some && channel < n.channels;
+        const T* from = grads + (begin + first + share.part) * strides.point + channel;
+        if (!same) Channels<T, N>::load(from, active).widen_to(grad);
         Channels<T, N> corner[4] = {
             Channels<T, N>::load(pixels + int64_t{at.x} * stride + channel, at.x >= 0 && active),
             Channels<T, N>::load(pixels + int64_t{at.y} * stride + channel, at.y >= 0 && active),
@@ -186,12 +209,12 @@ __global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ S
       float weight = up * (left * dot[0] + right * dot[1]) + down * (left * dot[2] + right * dot[3]);
       float y = left * (dot[2] - dot[0]) + right * (dot[3] - dot[1]);
       float x = up * (dot[1] - dot[0]) + down * (dot[3] - dot[2]);
-      for (int bits = groups.lanes / 2; bits > 0; bits /= 2) {
+      for (int bits = split.lanes / 2; bits > 0; bits /= 2) {
         weight += __shfl_xor_sync(all_lanes, weight, bits);
         y += __shfl_xor_sync(all_lanes, y, bits);
         x += __shfl_xor_sync(all_lanes, x, bits);
       }
-      if (share.sub == 0) {
+      if (some && share.sub == 0) {
         bool moves = (at.x & at.y & at.z & at.w) != -1;
         results[0][warp][i] = moves ? part.z * y : 0.f;
         results[1][warp][i] = moves ? part.w * x : 0.f;
@@ -199,10 +222,10 @@ __global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ S
       }
     }
     __syncwarp();
-    for (int i = lane; i < at_once; i += 32) {
+    for (int i = lane; i < count * share.rows; i += 32) {
       int point = begin + i / share.rows;
       int64_t of_row = share.first + i % share.rows;
-      if (of_row < rows && point < n.points)
+      if (of_row < rows)
         source.write(of_row, point, results[0][warp][i], results[1][warp][i], results[2][warp][i]);
     }
   }
@@ -243,8 +266,9 @@ cudaError_t sum_samples(const Source& source, const T* map, T* out, cudaStream_t
   if (n.count() == 0) return cudaSuccess;
   auto go = [&](auto kernel, int vector) {
     Groups groups = groups_for(n.channels, vector);
-    dim3 grid(blocks_for(n.count(), points::threads / groups.lanes), unsigned(groups.tiles));
-    return launch(kernel, grid, dim3(points::threads), 0, stream, source, groups.lanes, map, out);
+    points::Split split = points::split_for(n, groups.lanes);
+    dim3 grid(blocks_for(n.count(), points::threads / split.all()), unsigned(groups.tiles));
+    return launch(kernel, grid, dim3(points::threads), 0, stream, source, split, map, out);
   };
   constexpr int vector = vector_size<T>;
   return rows_are_vectors<T>(n.channels, {map, out}) ? go(points::forward<T, vector, Source>, vector)
@@ -257,8 +281,9 @@ cudaError_t grad_points(const Source& source, const T* map, const T* grad_out, G
   if (n.count() == 0 || n.points == 0) return cudaSuccess;
   auto go = [&](auto kernel, int vector) {
     Groups groups = groups_for(n.channels, vector);
-    dim3 grid(blocks_for(n.count(), points::threads / groups.lanes));
-    return launch(kernel, grid, dim3(points::threads), 0, stream, source, groups, map, grad_out, strides);
+    points::Split split = points::split_for(n, groups.lanes);
+    dim3 grid(blocks_for(n.count(), points::threads / split.all()));
+    return launch(kernel, grid, dim3(points::threads), 0, stream, source, split, groups.tiles, map, grad_out, strides);
   };
   constexpr int vector = vector_size<T>;
   return rows_are_vectors<T>(n.channels, {map, grad_out}) ? go(points::backward<T, vector, Source>, vector)
