@@ -33,6 +33,8 @@ class Backend:
     devices: frozenset[str] = frozenset()
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     """Of the main tensors."""
+    extra: bool = False
+    """A faster way for some calls, or one that only some builds have: that it is refused is no news on any device."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def select(op: Op, args: Any, backend: str | None = None) -> Backend:
             if refused:
                 _report_fallback(op, candidate, refused)
             return candidate
-        if device in candidate.devices:
+        if device in candidate.devices and not candidate.extra:
             refused.append(f"{candidate.name}: {reason}")
     raise NotImplementedError(f"{op.name}: no backend can run this call; " + "; ".join(refused))
 

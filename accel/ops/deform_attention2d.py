@@ -357,7 +357,9 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _native_forward, _native_backward, frozenset({"cpu"}), KERNEL_DTYPES),
             # the faster of these two on an H200; a library without it, built where nvcc is not, lacks nothing
-            dispatch.Backend("cuda", _why_not_cuda, _native_forward, _native_backward, frozenset(), KERNEL_DTYPES),
+            dispatch.Backend(
+                "cuda", _why_not_cuda, _native_forward, _native_backward, frozenset({"cuda"}), KERNEL_DTYPES, extra=True
+            ),
             dispatch.Backend(
                 "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),

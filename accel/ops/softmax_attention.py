@@ -510,7 +510,13 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend(
-                "torch", _why_not_torch, _torch_forward, _triton_backward, frozenset(), _attention_torch.HALF_DTYPES
+                "torch",
+                _why_not_torch,
+                _torch_forward,
+                _triton_backward,
+                frozenset({"cuda"}),
+                _attention_torch.HALF_DTYPES,
+                extra=True,
             ),
             dispatch.Backend(
                 "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
