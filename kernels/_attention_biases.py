@@ -483,7 +483,7 @@ def _backward_index(
     BLOCK_N: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """A part of CODE² rows of a head's table gradient: over ``per_part`` tiles of queries of the batch.
+    """A part of CODE² rows of a head's table gradient: over ``per_part`` tiles of queries.
 
     Row r is CODE · a + b: the product of the one-hot codes of a, weighted by the gradient, and of b adds up all pairs.
     ``part_ptr`` is ``(parts, heads, rows)``.
@@ -492,7 +492,6 @@ def _backward_index(
     row0 = tl.program_id(0) % blocks * (CODE * CODE)
     head = (tl.program_id(0) // blocks % heads).to(tl.int64)
     part = tl.program_id(0) // (blocks * heads)
-    tiles = tl.cdiv(queries, BLOCK_M)
     code = tl.arange(0, CODE)
     sums = tl.zeros((CODE, CODE), tl.float32)
     grid = (grid_h, grid_w, extra)
@@ -510,35 +509,47 @@ def _backward_index(
     dropout = (seed_ptr, threshold, keep_scale)
     first = part * per_part
     for step in tl.range(0, tl.minimum(per_part, total - first), disable_licm=True):
-        batch = ((first + step) // tiles).to(tl.int64)
-        i0 = (first + step) % tiles * BLOCK_M
+        i0 = (first + step) * BLOCK_M
         i = (i0 + tl.arange(0, BLOCK_M))[:, None]
-        mask_at = batch * mask_b + head * mask_h
-        masks = (mask_ptr, mask_at, mask_t, mask_s, rows_ptr)
-        if rows_ptr is not None:
-            masks = (mask_ptr, mask_at, mask_t, mask_s, rows_ptr + batch * rows_b)
-        spans = all_in_part(key_spans(i0, shape, masks, RULE, BLOCK_M, BLOCK_N))
-        for offset in tl.range(0, part_length(spans), BLOCK_N, disable_licm=True):
-            j0 = part_at(spans, offset)
-            grad_s = _tile_gradient(
-                i0, j0, batch, head, group, sides, shape, terms, masks, dropout,
-                RULE, GRID, SOFTCAP, BINARY, UNIT, D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, DOT,
-            )  # fmt: skip
+        low = keys
+        high = keys * 0
+        for entry in tl.range(0, tl.where(rows_b > 0, batches, 1)):  # what any batch entry sees
+            masks = (mask_ptr, 0, mask_t, mask_s, rows_ptr)
+            if rows_ptr is not None:
+                masks = (mask_ptr, 0, mask_t, mask_s, rows_ptr + (i0 * 0 + entry).to(tl.int64) * rows_b)
+            start0, _, _, end0, start1, _, _, end1 = key_spans(i0, shape, masks, RULE, BLOCK_M, BLOCK_N)
+            low = tl.minimum(low, tl.where(start0 < end0, start0, low))
+            low = tl.minimum(low, tl.where(start1 < end1, start1, low))
+            high = tl.maximum(high, tl.maximum(end0, end1))
+        for j0 in tl.range(low, high, BLOCK_N, disable_licm=True):
+            # a row stands at the same pair in every batch entry, so that one product adds up the whole batch
+            weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for entry in tl.range(0, batches, disable_licm=True):
+                batch = (i0 * 0 + entry).to(tl.int64)  # the interpreter counts in numbers of Python
+                mask_at = batch * mask_b + head * mask_h
+                masks = (mask_ptr, mask_at, mask_t, mask_s, rows_ptr)
+                if rows_ptr is not None:
+                    masks = (mask_ptr, mask_at, mask_t, mask_s, rows_ptr + batch * rows_b)
+                weight += _tile_gradient(
+                    i0, j0, batch, head, group, sides, shape, terms, masks, dropout,
+                    RULE, GRID, SOFTCAP, BINARY, UNIT, D, E, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, DOT,
+                )  # fmt: skip
             j = (j0 + tl.arange(0, BLOCK_N))[None, :]
             row = table_row(i, j, i0, j0, shape, index_ptr, grid, GRID)
             row = tl.minimum(tl.maximum(row, 0), table_rows - 1) - row0
             row = tl.reshape(row, (BLOCK_M * BLOCK_N,))
-            weight = tl.reshape(grad_s, (BLOCK_M * BLOCK_N,))
-            high = code[:, None] == (row >> 5)[None, :]  # rows of other blocks have none of the codes
-            low = tl.where((row & (CODE - 1))[:, None] == code[None, :], 1.0, 0.0).to(CODES)
-            # Three bf16 numbers hold an fp32 one, so that tensor cores add up what the FMA units would spill over. They
-            # truncate their sums, which shows in fp32: each tile has its own there, and FMA units add the tiles up.
+            weight = tl.reshape(weight, (BLOCK_M * BLOCK_N,))
+            of_block = code[:, None] == (row >> 5)[None, :]  # rows of other blocks have none of the codes
+            within = tl.where((row & (CODE - 1))[:, None] == code[None, :], 1.0, 0.0).to(CODES)
+            # Three bf16 numbers hold an fp32 one, so that tensor cores add up what the FMA units would spill over, and
+            # two what half precision needs. They truncate their sums, which shows in fp32: each tile has its own there,
+            # and FMA units add the tiles up.
             before = sums
             if not BINARY:
                 sums = tl.zeros((CODE, CODE), tl.float32)
-            for _ in tl.static_range(3):
+            for _ in tl.static_range(2 if BINARY else 3):
                 piece = weight.to(CODES)
-                sums = tl.dot(tl.where(high, piece[None, :], 0.0), low, sums, input_precision="ieee")
+                sums = tl.dot(tl.where(of_block, piece[None, :], 0.0), within, sums, input_precision="ieee")
                 weight -= piece.to(tl.float32)
             if not BINARY:
                 sums += before
@@ -623,9 +634,9 @@ def plan_table(args: Args, given: dict[str, Any], capability: tuple[int, int]) -
         return step, out[..., :rows].transpose(1, 2)
     tile = Tile(16, 16, 16 if args.q.element_size() == 4 else 8, 1)
     blocks = triton.cdiv(rows, CODE.value**2)
-    parts, counts = _by_queries(args, tile, heads * blocks, heads * rows)
+    total = triton.cdiv(args.q.shape[2], tile.queries)
+    parts, per_part = _parts(total, heads * blocks, heads * rows)
     out = args.q.new_empty((parts, heads, rows), dtype=torch.float32)
-    step = launch(
-        _backward_index, parts * heads * blocks, tile, **given, part_ptr=out, CODES=dot_dtype(torch.bfloat16), **counts
-    )
+    more = {"part_ptr": out, "CODES": dot_dtype(torch.bfloat16), "per_part": per_part, "total": total}
+    step = launch(_backward_index, parts * heads * blocks, tile, **given, **more)
     return step, out.transpose(1, 2)

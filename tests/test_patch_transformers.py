@@ -247,6 +247,17 @@ def test_patched_model_computes_the_same(name):
     assert not any("_accel" in vars(m) for m in model.modules())
 
 
+def test_a_table_counts_whatever_a_version_calls_causal():
+    """transformers 5.17 does not call the decoder's own attention of UMT5 causal."""
+    make, inputs, _ = MODELS["UMT5"]
+    model = randomize(make())
+    for block in model.decoder.block:
+        block.layer[0].SelfAttention.is_causal = False
+    expected = outputs(model, inputs)
+    accel.patch(model)
+    assert_same(outputs(model, inputs), expected)
+
+
 def test_a_wrong_attention_is_seen(monkeypatch):
     """The comparison above can fail: each thing that is read here matters to some model."""
     original = transformers_interface.pairs

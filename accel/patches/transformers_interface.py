@@ -125,8 +125,10 @@ def _why_not(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> str |
 
 
 def _is_zero(module: nn.Module) -> bool:
-    """Whether the bias of this call is the zeros that T5's cross-attention passes for want of one."""
-    return type(module).__name__ in _T5_LIKE and bool(module.is_decoder) and not module.is_causal
+    """Whether the bias of this call is the zeros that T5's cross-attention passes for want of one. Not every version
+    calls UMT5's own attention causal, but a layer with a table is never the other kind."""
+    other = type(module).__name__ in _T5_LIKE and bool(module.is_decoder) and not module.is_causal
+    return other and not module.has_relative_attention_bias
 
 
 _T5_LIKE = {"T5Attention", "MT5Attention", "UMT5Attention", "LongT5Attention", "SwitchTransformersAttention"}
