@@ -12,7 +12,7 @@ from test_deform_conv2d import CASES, by_name, case
 
 import accel
 from accel import testing
-from accel.kernels import _blocks
+from accel.kernels import _blocks, _layout
 from accel.kernels import _deform_sampling as sampling
 from accel.kernels import deform_conv2d as kernels
 from accel.ops import deform_conv2d as op
@@ -200,3 +200,12 @@ def test_blocks_of_outputs_fit_the_map(height, width, outputs):
     assert 16 <= tile_h * tile_w <= max(16, outputs)
     tiles = -(-height // tile_h) * -(-width // tile_w)
     assert tiles * tile_h * tile_w <= 2 * height * width + 2 * outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(2, 70, 9, 11), (1, 1, 1, 1), (3, 64, 8, 16), (1, 130, 1, 65)])
+def test_channels_are_moved_last(size, dtype):
+    x = torch.randn(size, dtype=dtype, device=DEVICE)
+    out = x.new_empty((size[0], *size[2:], size[1])).fill_(math.nan)
+    _layout.transpose_launch(out, x).run()
+    assert torch.equal(out, x.permute(0, 2, 3, 1))

@@ -191,3 +191,12 @@ def test_why_not_without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_blocks, "INTERPRETING", False)
     args = prepared()
     assert "cpu" in str(kernels.why_not(args._replace(q=args.q.cpu())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(2, 3, 37, 40), (1, 1, 1, 8), (1, 2, 70, 128)])
+def test_row_sums(size, dtype):
+    b, h, t, d = size
+    out = torch.randn(size, dtype=dtype, device=DEVICE)
+    grad = torch.randn((b, t, h, d), dtype=dtype, device=DEVICE).transpose(1, 2)
+    torch.testing.assert_close(kernels.row_sums(grad, out), (grad.float() * out.float()).sum(-1))
