@@ -63,6 +63,21 @@ def test_sizes_that_take_another_path(name, dtype):
             testing.assert_same(again.named()[n], expected, f"{n} on {count} threads")
 
 
+@pytest.mark.parametrize("dtype", testing.KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("dim", (32, 64, 96))
+def test_a_large_output_is_that_of_its_parts(dim, dtype):
+    queries = 16 * 2**20 // (8 * dim * dtype.itemsize) + 5  # 16 MiB and more are stored past the caches
+    tensors, kwargs = levels([(4, 5), (2, 3)], queries, 1, 8, dim)
+    value = tensors["value"].to(dtype)
+    places = tensors["sampling_locations"], tensors["attention_weights"]
+    whole = accel.ms_deform_attn(value, kwargs["spatial_shapes"], None, *places, backend="cpu")
+    halves = [
+        accel.ms_deform_attn(value, kwargs["spatial_shapes"], None, *(x[:, part] for x in places), backend="cpu")
+        for part in (slice(0, queries // 2), slice(queries // 2, queries))
+    ]
+    testing.assert_same(whole, torch.cat(halves, 1), f"{queries} queries")
+
+
 def test_memory_beside_arguments_and_results_is_bounded():
     tensors, kwargs = levels([(100, 167), (50, 84)], 5000, 16, 8, 32)
     for x in tensors.values():

@@ -21,6 +21,8 @@ typedef uint32_t vu __attribute__((vector_size(W * 4)));
 typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef float vf_unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(W * 2), aligned(2), may_alias));
+typedef uint16_t vh2 __attribute__((vector_size(W * 4)));  // two halves of each word
+typedef uint16_t vh2_unaligned __attribute__((vector_size(W * 4), aligned(2), may_alias));
 
 struct bf16 {
   uint16_t bits;
@@ -53,11 +55,17 @@ class FlushSubnormals {
 inline vf load(const bf16* p) {
 #if defined(__AVX512F__)  // g++ 12 widens in two halves by itself
   const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return reinterpret_cast<vf>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  return reinterpret_cast<vf>(reinterpret_cast<vu>(_mm512_maskz_cvtepu16_epi32(0xffff, x)) << 16);
 #else
   vh h = *reinterpret_cast<const vh_unaligned*>(p);
   return reinterpret_cast<vf>(__builtin_convertvector(h, vu) << 16);
 #endif
+}
+
+// The bits of x as a bf16, to nearest with ties to even, in the upper half of each word; what is below is of no use.
+inline vu round_to_bf16(vf x) {
+  const vu u = reinterpret_cast<vu>(x), nan = reinterpret_cast<vu>(x != x);
+  return ((u + 0x7fffu + ((u >> 16) & 1u)) & ~nan) | (nan & 0x7fc00000u);
 }
 
 inline void store(bf16* p, vf x) {
@@ -65,11 +73,7 @@ inline void store(bf16* p, vf x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x))));
 #else
-  vu u = reinterpret_cast<vu>(x);
-  vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  vu nan = reinterpret_cast<vu>(x != x);
-  rounded = (rounded & ~nan) | (nan & 0x7fc0u);
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(rounded, vh);
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(round_to_bf16(x) >> 16, vh);
 #endif
 }
 
@@ -122,7 +126,7 @@ inline void from_float(float x, fp16* p) {
 
 inline vf load(const fp16* p) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<vf>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  return reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__F16C__)
   return reinterpret_cast<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 #else
@@ -142,6 +146,31 @@ inline void store(fp16* p, vf x) {
 #endif
 }
 
+// Words of first[i] and second[i], each rounded to bf16.
+inline vh2 mated(vf first, vf second);
+
+// Two vectors of elements, in whichever order costs least; only store_two knows it. Halves of words widen by a shift and
+// a mask, where vectors of 16-bit numbers take two operations each of which crosses the register.
+template <typename T>
+inline void load_two(const T* p, vf& a, vf& b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const vh2 halves = *reinterpret_cast<const vh2_unaligned*>(p);
+    const vu words = reinterpret_cast<vu>(halves);
+    a = reinterpret_cast<vf>(words << 16), b = reinterpret_cast<vf>(words & 0xffff0000u);
+  } else {
+    a = load(p), b = load(p + W);
+  }
+}
+
+template <typename T>
+inline void store_two(T* p, vf a, vf b) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    *reinterpret_cast<vh2_unaligned*>(p) = mated(a, b);
+  } else {
+    store(p, a), store(p + W, b);
+  }
+}
+
 // dst[0..padded) = src[0..n), zeros behind; padded is a multiple of W.
 template <typename T>
 inline void load_row(const T* src, float* dst, int n, int padded) {
@@ -156,6 +185,45 @@ inline void store_row(T* dst, const float* src, int n, float mul) {
   int i = 0;
   for (; i + W <= n; i += W) store(dst + i, load(src + i) * mul);
   for (; i < n; ++i) from_float(src[i] * mul, dst + i);
+}
+
+// --- conditions: which lanes something holds in ---
+
+// g++ 12 carries the comparisons of AVX-512 from mask registers to vectors and back, which takes longer than they do.
+#if defined(__AVX512F__)
+typedef __mmask16 Lanes;
+inline Lanes both(Lanes a, Lanes b) { return Lanes(a & b); }
+inline Lanes from_to(vf x, float low, vf high) {
+  const __m512 v = reinterpret_cast<__m512>(x);
+  return _mm512_mask_cmp_ps_mask(_mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ), v,
+                                 reinterpret_cast<__m512>(high), _CMP_LT_OQ);
+}
+inline Lanes below(vi x, vi high) {
+  return _mm512_cmplt_epu32_mask(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(high));
+}
+inline vf where(Lanes c, vf a, vf b) {
+  return reinterpret_cast<vf>(_mm512_mask_mov_ps(reinterpret_cast<__m512>(b), c, reinterpret_cast<__m512>(a)));
+}
+inline vi where(Lanes c, vi a, vi b) {
+  return reinterpret_cast<vi>(_mm512_mask_mov_epi32(reinterpret_cast<__m512i>(b), c, reinterpret_cast<__m512i>(a)));
+}
+#else
+typedef vi Lanes;  // all ones where it holds, else 0
+inline Lanes both(Lanes a, Lanes b) { return a & b; }
+inline Lanes from_to(vf x, float low, vf high) { return (x >= low) & (x < high); }  // not for a NaN
+inline Lanes below(vi x, vi high) { return reinterpret_cast<vu>(x) < reinterpret_cast<vu>(high); }  // nor for x < 0
+inline vf where(Lanes c, vf a, vf b) { return c ? a : b; }
+inline vi where(Lanes c, vi a, vi b) { return c ? a : b; }
+#endif
+
+// The largest integer that is not above x; |x| < 2^31.
+inline vi floor_of(vf x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vi>(_mm512_cvt_roundps_epi32(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#else
+  const vi n = __builtin_convertvector(x, vi);  // truncated towards 0
+  return n + (__builtin_convertvector(n, vf) > x);  // true is −1
+#endif
 }
 
 // --- shuffles, reductions, transposition ---
@@ -237,18 +305,19 @@ constexpr bool IN_PAIRS = false;
 // dst = two vectors rounded to bf16, one behind the other.
 void store_halves(float* dst, vf first, vf second);
 
-// dst = words of first[i] and second[i], each rounded to bf16.
-void store_mated(float* dst, vf first, vf second);
-
 // Whether none of a word's worth of bf16 in every lane is infinite or a NaN.
-typedef uint16_t vh2 __attribute__((vector_size(W * 4)));
-typedef uint16_t vh2_unaligned __attribute__((vector_size(W * 4), aligned(2), may_alias));
 bool all_finite(vh2 x);
 
 // Mates two rows of n words: dst[2·i], dst[2·i + 1] = the halves of first's word i, each beside that of second's.
 void mate_rows(const float* first, const float* second, float* dst, int n);
 
-#if defined(__AVX512BF16__)
+inline void store_mated(float* dst, vf first, vf second) { store(dst, reinterpret_cast<vf>(mated(first, second))); }
+
+#if !defined(__AVX512BF16__)
+inline vh2 mated(vf first, vf second) {
+  return reinterpret_cast<vh2>((round_to_bf16(first) >> 16) | (round_to_bf16(second) & 0xffff0000u));
+}
+#else
 inline bool all_finite(vh2 x) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   return _mm512_cmpeq_epi16_mask(_mm512_and_si512(reinterpret_cast<__m512i>(x), exponent), exponent) == 0;
@@ -266,9 +335,9 @@ inline __m512i turns(int from, int second) {
   return _mm512_load_si512(order);
 }
 
-inline void store_mated(float* dst, vf first, vf second) {
+inline vh2 mated(vf first, vf second) {
   const __m512bh x = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first));
-  _mm512_storeu_si512(dst, _mm512_permutexvar_epi16(turns(0, W), reinterpret_cast<__m512i>(x)));
+  return reinterpret_cast<vh2>(_mm512_permutexvar_epi16(turns(0, W), reinterpret_cast<__m512i>(x)));
 }
 
 inline void mate_rows(const float* first, const float* second, float* dst, int n) {

@@ -71,7 +71,8 @@ class Positions {
   void find(const TapCorners& to, int64_t i, int64_t tap, vf shift_y, vf shift_x, vf mask) {
     const vf y = load(base_ + i) + float(tap / p_.kernel[1] * p_.dilation[0]) + shift_y;
     const vf x = load(base_ + most_ + i) + float(tap % p_.kernel[1] * p_.dilation[1]) + shift_x;
-    const Corners c = corners_of(y, x, splat_int(int32_t(p_.height)), splat_int(int32_t(p_.width)), vi{});
+    const vi height = splat_int(int32_t(p_.height)), width = splat_int(int32_t(p_.width));
+    const Corners c = corners_of(y, x, height, width, {vu{}, reinterpret_cast<vu>(width), vu{} + 1, splat_int(OUTSIDE)});
     for (int n = 0; n < 4; ++n) {
       store(to.at[n] + i, c.at[n]);
       store(to.weight[n] + i, c.weight[n]);
@@ -106,16 +107,16 @@ inline void gather(const Pixels<T>& pixels, const TapCorners& c, int64_t outputs
     for (int n = 0; n < 4; ++n) from[n] = row_of(pixels.data, pixels.row, c.at[n][i], pixels.zeros) + first, weight[n] = splat(c.weight[n][i]);
     const vf mask = splat(c.mask[i]);
     int64_t d = 0;
-    if constexpr (IN_PAIRS<T> && std::is_same_v<To, T>) {  // the halves of words apart, which spares widening them
+    if constexpr (std::is_same_v<To, T>) {
       for (; d + 2 * W <= count; d += 2 * W) {
-        vf low{}, high{};
+        vf sum[2] = {};
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) {
-          const vu x = reinterpret_cast<vu>(load(reinterpret_cast<const float*>(from[n] + d)));
-          low += reinterpret_cast<vf>(x << 16) * weight[n];
-          high += reinterpret_cast<vf>(x & 0xffff0000u) * weight[n];
+          vf x[2];
+          load_two(from[n] + d, x[0], x[1]);
+          sum[0] += x[0] * weight[n], sum[1] += x[1] * weight[n];
         }
-        store_mated(reinterpret_cast<float*>(dst + i * ld + d), low * mask, high * mask);
+        store_two(dst + i * ld + d, sum[0] * mask, sum[1] * mask);
       }
     }
     for (; d < count; d += W) {

@@ -1,8 +1,8 @@
 // Sums of weighted samples on the CPU: the core of ms_deform_attn and deform_attention2d, forward and backward.
 //
-// A block of queries of one head at a time: corners and weights of all its points are computed in whole vectors, while
-// the positions of the next block are fetched, then the rows of the corners are summed. Backward reads each corner's row
-// once, for its product with the upstream gradient, and adds to the same pixel's gradient on the way.
+// A block of queries of one head at a time: corners and weights of all its points are computed in whole vectors, then the
+// rows of the corners are summed. Backward reads each corner's row once, for its product with the upstream gradient, and
+// adds to the same pixel's gradient on the way.
 
 #include "params.h"
 
@@ -15,42 +15,53 @@
 namespace accel::ACCEL_ISA {
 namespace {
 
-constexpr int POINTS_AT_ONCE = 64;  // their arrays share the first-level cache with the rows: 128 take an eighth longer
+constexpr int POINTS_AT_ONCE = 48;  // measured, 16 points a query: 64 take an eighth longer forward, 128 a quarter
+// Corners in an order that takes no neighbour's row after a row: of four lines on end a processor would foresee more.
+constexpr int BY_COLUMN[4] = {0, 2, 1, 3};
 constexpr int AHEAD = 6;  // points between the fetch of a row and its use in backward; forward gains nothing by it
 
-// The samples of a block of queries of one head.
+// Asks for the lines of a row of n elements.
+template <typename T>
+inline void ask_for(const T* row, int64_t n) {
+  const char* line = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64) __builtin_prefetch(line + i);
+}
+
+// The samples of a block of queries of one head. Their corners are indices, `step` from one pixel to the next.
 class Block {
  public:
-  explicit Block(const Params& p)
+  Block(const Params& p, int64_t step, int64_t outside)
       : p(p),
         P(p.points),
         most(std::max(1, POINTS_AT_ONCE / p.points)),
         ld(int(round_up(most * P + std::max(AHEAD, W), W))),
+        step_(uint32_t(step)),
+        outside_(int32_t(outside)),
         floats_(13 * int64_t(ld)),
-        ints_(8 * int64_t(ld)) {
+        ints_(9 * int64_t(ld)) {
     float* f = floats_;
     for (float** to : {&y, &x, &weight, &dy, &dx, &place_y_, &place_x_, &scale_y, &scale_x}) *to = f, f += ld;
     for (float*& to : corner_weight) to = f, f += ld;
     int32_t* i = reinterpret_cast<int32_t*>(ints_.data());
-    for (int32_t** to : {&near, &height_, &width_, &start_}) *to = i, i += ld;
+    for (int32_t** to : {&near, &height_, &width_, &start_, &line_}) *to = i, i += ld;
     for (int32_t*& to : at) to = i, i += ld;
     std::fill(floats_.data(), floats_.end(), 0.0f);
     std::fill(reinterpret_cast<int32_t*>(ints_.data()), i, 0);
-    for (int32_t* rows : at) std::fill(rows, rows + ld, OUTSIDE);
+    for (int32_t* rows : at) std::fill(rows, rows + ld, outside_);
     for (int n = 0; n < most * P; ++n) {
       const Point& point = p.point[n % P];
       place_y_[n] = point.place_y, place_x_[n] = point.place_x;
       scale_y[n] = point.scale_y, scale_x[n] = point.scale_x;
-      height_[n] = point.height, width_[n] = point.width, start_[n] = point.start;
+      height_[n] = point.height, width_[n] = point.width;
+      start_[n] = int32_t(point.start * step), line_[n] = int32_t(point.width * step);
     }
   }
 
-  // Corners and weights of queries [query, query + count) of head m. SCALED: corner weights are multiplied by the points'.
-  template <bool SCALED>
+  // Corners and weights of queries [query, query + count) of head m. SLOPES: and what derivatives are made of.
+  template <bool SLOPES>
   void move_to(int64_t n, int64_t m, int64_t query, int queries) {
     count = queries * P;
     first = (n * p.queries + query) * p.heads + m;
-    fetch(query + queries);
     for (int q = 0; q < queries; ++q) {
       const int64_t row = (first + q * p.heads) * P;
       const float base_y = p.first_y + float((query + q) / p.line) * p.step_y;
@@ -58,13 +69,14 @@ class Block {
       read(p.positions + 2 * row, p.weights + row, base_y, base_x, q * P);
     }
     for (int i = 0; i < count; i += W) {
-      const Corners c = corners_of(load(y + i), load(x + i), load(height_ + i), load(width_ + i), load(start_ + i));
+      const Pitch pitch{load_unsigned(start_ + i), load_unsigned(line_ + i), vu{} + step_, splat_int(outside_)};
+      const Corners c = corners_of(load(y + i), load(x + i), load(height_ + i), load(width_ + i), pitch);
       const vf factor = load(weight + i);
       for (int k = 0; k < 4; ++k) {
         store(at[k] + i, c.at[k]);
-        store(corner_weight[k] + i, SCALED ? c.weight[k] * factor : c.weight[k]);
+        store(corner_weight[k] + i, c.weight[k] * factor);
       }
-      if (!SCALED) store(dy + i, c.dy), store(dx + i, c.dx), store(near + i, c.near);
+      if (SLOPES) store(dy + i, c.dy), store(dx + i, c.dx), store(near + i, where(c.near, ~vi{}, vi{}));
     }
   }
 
@@ -72,20 +84,11 @@ class Block {
   const int P, most, ld;  // points of a query, queries of a full block, and the length of every array
   int count = 0;          // points of the block; arrays are as long as whole vectors need
   int64_t first = 0;      // (n, query, m) as one index, that of the next query is `heads` further
-  float *y, *x, *weight, *dy, *dx, *scale_y, *scale_x, *corner_weight[4];
+  float *y, *x, *weight, *dy, *dx, *scale_y, *scale_x;
+  float* corner_weight[4];  // times the point's weight
   int32_t *near, *at[4];
 
  private:
-  // The next block's positions and weights, which are too far apart for the processor to foresee them.
-  void fetch(int64_t query) const {
-    const int64_t queries = std::min<int64_t>(most, p.queries - query);
-    for (int64_t q = 0; q < queries; ++q) {
-      const int64_t row = (first + (count / P + q) * p.heads) * P;
-      for (int i = 0; i < 2 * P; i += 16) __builtin_prefetch(p.positions + 2 * row + i);
-      for (int i = 0; i < P; i += 16) __builtin_prefetch(p.weights + row + i);
-    }
-  }
-
   void read(const float* position, const float* factor, float base_y, float base_x, int to) {
     float* ws = weight + to;
     for (int i = 0; i < P; i += W) {
@@ -111,103 +114,117 @@ class Block {
     for (int i = 0; i < P; ++i) ws[i] /= sum;
   }
 
+  const uint32_t step_;
+  const int32_t outside_;
   Buffer floats_, ints_;
   float *place_y_, *place_x_;
-  int32_t *height_, *width_, *start_;
+  int32_t *height_, *width_, *start_, *line_;
 };
 
-// Rows of one head's map, what stands for a row outside of it, and where the corners of a block's points are.
-template <typename T>
+// One head's map. PACKED: corners are indices of bytes, of a row of zeros for those outside; else of rows.
+template <typename T, bool PACKED>
 struct Map {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+
   T* rows;
   int64_t stride;
-  T* none;
-  std::vector<T*> row[4];
+  T* none;  // the row of those outside, if it isn't one of the map
 
-  void look_up(const Block& b) {
-    T *const from = rows, *const outside = none;
-    const int64_t step = stride;
-    for (int k = 0; k < 4; ++k) {
-      const int32_t* at = b.at[k];
-      row[k].resize(size_t(b.ld), outside);
-      T** to = row[k].data();
-      for (int i = 0; i < b.count; ++i) to[i] = at[i] < 0 ? outside : from + at[i] * step;
-    }
-  }
-  void fetch(int k, int i, int bytes) const {
-    const char* line = reinterpret_cast<const char*>(row[k][size_t(i)]);
-    for (int n = 0; n < bytes; n += 64) __builtin_prefetch(line + n);
+  Map from(int64_t channel) const { return {rows + channel, stride, PACKED ? none : none + channel}; }
+  T* row(int32_t at) const {
+    if constexpr (PACKED) return reinterpret_cast<T*>(reinterpret_cast<Byte*>(rows) + at);
+    return row_of(rows, stride, at, none);
   }
 };
 
-template <typename T, int NV, bool PART>
-inline void sum_points(const Map<const T>& map, const Block& b, int first, T* out, int64_t c, int last) {
-  const T* const* const row[4] = {map.row[0].data(), map.row[1].data(), map.row[2].data(), map.row[3].data()};
+template <typename T, bool PACKED, int NV, bool PART>
+inline void sum_points(const Map<const T, PACKED>& map, const Block& b, int first, T* out, int last, bool stream) {
   vf even[NV] = {}, odd[NV] = {};
-  for (int i = first; i < first + b.P; ++i) {
+  const int64_t ld = b.ld;  // of which all eight addresses are made: as many pointers would not fit into registers
+  const int32_t* at = b.at[0] + first;
+  const float* weights = b.corner_weight[0] + first;
+  for (const float* end = weights + b.P; weights < end; ++weights, ++at) {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const T* from = row[k][i] + c;
-      const vf weight = splat(b.corner_weight[k][i]);
+    for (int k : BY_COLUMN) {
+      const vf weight = splat(weights[k * ld]);
+      vf x[NV];
+      load_all<NV, PART>(map.row(at[k * ld]), last, x);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) (k & 1 ? odd : even)[v] += weight * load_of<NV, PART>(from, v, last);
+      for (int v = 0; v < NV; ++v) (k & 1 ? odd : even)[v] += weight * x[v];
     }
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) store_of<NV, PART>(out + c, v, last, even[v] + odd[v]);
+  for (int v = 0; v < NV; ++v) even[v] += odd[v];
+  STREAMS && stream ? stream_all(out, even) : store_all<NV, PART>(out, last, even);
+}
+
+template <typename T, bool PACKED>
+void sum_units(const Forward& f, int64_t from, int64_t to) {
+  const Params& p = f.p;
+  const int64_t D = p.channels, chunks = (p.queries + f.chunk - 1) / f.chunk;
+  const int64_t step = D * int64_t(sizeof(T));
+  Block b(p, PACKED ? step : 1, PACKED ? p.pixels * step : OUTSIDE);
+  Buffer none(D);
+  std::fill(none.data(), none.end(), 0.0f);
+  Map<const T, PACKED> map{nullptr, p.heads * D, reinterpret_cast<const T*>(none.data())};
+  for (int64_t unit = from; unit < to; ++unit) {
+    const int64_t pair = f.first_pair + unit / chunks, n = pair / p.heads, m = pair % p.heads;
+    const int64_t begin = unit % chunks * f.chunk, end = std::min(begin + f.chunk, p.queries);
+    map.rows = PACKED ? static_cast<const T*>(f.packed) + unit / chunks * f.map()
+                      : static_cast<const T*>(p.value) + (n * p.pixels * p.heads + m) * D;
+    for (int64_t query = begin; query < end; query += b.most) {
+      const int queries = int(std::min<int64_t>(b.most, end - query));
+      T* out = static_cast<T*>(f.out) + ((n * p.queries + query) * p.heads + m) * D;
+      b.move_to<false>(n, m, query, queries);
+      for (int q = 0; q < queries; ++q, out += p.heads * D)
+        for_each_run<4>(D, [&]<int NV, bool PART>(int64_t c, int last) {
+          sum_points<T, PACKED, NV, PART>(map.from(c), b, q * b.P, out + c, last, f.stream);
+        });
+    }
+  }
+  end_of_streams();
 }
 
 template <typename T>
 void forward(const Forward& f, int64_t from, int64_t to) {
-  const Params& p = f.p;
-  const int64_t D = p.channels, chunks = (p.queries + f.chunk - 1) / f.chunk;
-  Block b(p);
-  Buffer none(D);
-  std::fill(none.data(), none.end(), 0.0f);
-  Map<const T> map{nullptr, f.packed ? f.row : p.heads * D, reinterpret_cast<const T*>(none.data()), {}};
-  for (int64_t unit = from; unit < to; ++unit) {
-    const int64_t pair = f.first_pair + unit / chunks, n = pair / p.heads, m = pair % p.heads;
-    const int64_t begin = unit % chunks * f.chunk, end = std::min(begin + f.chunk, p.queries);
-    map.rows = f.packed ? static_cast<const T*>(f.packed) + unit / chunks * p.pixels * f.row
-                        : static_cast<const T*>(p.value) + (n * p.pixels * p.heads + m) * D;
-    for (int64_t query = begin; query < end; query += b.most) {
-      const int queries = int(std::min<int64_t>(b.most, end - query));
-      b.move_to<true>(n, m, query, queries);
-      map.look_up(b);
-      T* out = static_cast<T*>(f.out) + b.first * D;
-      for (int q = 0; q < queries; ++q, out += p.heads * D)
-        for_each_run<4>(D, [&]<int NV, bool PART>(int64_t c, int last) {
-          sum_points<T, NV, PART>(map, b, q * b.P, out, c, last);
-        });
-    }
-  }
+  f.packed ? sum_units<T, true>(f, from, to) : sum_units<T, false>(f, from, to);
 }
 
+// Pixels [from, to) of all maps of the round, the last of them being the row of zeros.
 template <typename T>
 void pack(const Forward& f, int64_t from, int64_t to) {
+  constexpr int64_t SOME = 64;  // whose rows of all heads stay in the cache
   const Params& p = f.p;
-  const int64_t D = p.channels;
-  for (int64_t i = from; i < to; ++i) {
-    const int64_t pair = f.first_pair + i / p.pixels, n = pair / p.heads, m = pair % p.heads, s = i % p.pixels;
-    std::copy_n(static_cast<const T*>(p.value) + ((n * p.pixels + s) * p.heads + m) * D, D,
-                static_cast<T*>(f.packed) + i * f.row);
+  const int64_t D = p.channels, step = p.heads * D, known = std::min(to, p.pixels);
+  T* packed = static_cast<T*>(f.packed);
+  for (int64_t first = from; first < known; first += SOME) {
+    const int64_t last = std::min(first + SOME, known);
+    for (int64_t i = 0; i < f.pairs; ++i) {
+      const int64_t pair = f.first_pair + i;
+      const T* src = static_cast<const T*>(p.value) + (pair / p.heads * p.pixels * p.heads + pair % p.heads) * D;
+      T* dst = packed + i * f.map();
+      for (int64_t s = first; s < last; ++s) std::copy_n(src + s * step, D, dst + s * D);
+    }
   }
+  if (to > p.pixels)
+    for (int64_t i = 0; i < f.pairs; ++i) std::fill_n(packed + i * f.map() + p.pixels * D, D, T{});
 }
 
 // --- backward ---
 
-template <typename V, typename T>
+// Sums of gradients have the lanes of load_all until they are collected.
+template <typename T, bool PACKED>
 class Gradients {
  public:
   explicit Gradients(const Backward& b)
       : b(b),
         p(b.p),
-        block(b.p),
+        block(b.p, PACKED ? 4 * b.row : 1, PACKED ? 4 * b.p.pixels * b.row : OUTSIDE),
         D(b.p.channels),
-        dots_ld_(std::max(2 * W, int(round_up(b.p.points, W)))),
+        most_waiting_(int(round_up(std::max(2 * W, b.p.points), W))),
         none_(D),
         thrown_away_(D),
-        products_(4 * int64_t(dots_ld_) * W),
+        products_(int64_t(most_waiting_) * W),
         dots_(4 * int64_t(block.ld)),
         results_(3 * int64_t(block.ld)) {
     for (Buffer* x : {&none_, &thrown_away_, &products_, &dots_, &results_}) std::fill(x->data(), x->end(), 0.0f);
@@ -220,15 +237,15 @@ class Gradients {
     const bool dots = b.grad_positions || b.grad_weights;
     for (int64_t query = begin; query < end; query += block.most) {
       const int queries = int(std::min<int64_t>(block.most, end - query));
-      block.move_to<false>(n, m, query, queries);
-      if (dots) values_.look_up(block);
-      if (b.grad_value) sums_.look_up(block);
+      const T* grad = static_cast<const T*>(b.grad_out) + ((n * p.queries + query) * p.heads + m) * D;
+      for (int q = 0; q < queries; ++q) ask_for(grad + q * p.heads * D, D);
+      block.move_to<true>(n, m, query, queries);
       if (dots && b.grad_value) {
-        through_corners<true, true>(queries);
+        through_corners<true, true>(grad, queries);
       } else if (dots) {
-        through_corners<true, false>(queries);
+        through_corners<true, false>(grad, queries);
       } else {
-        through_corners<false, true>(queries);
+        through_corners<false, true>(grad, queries);
       }
       if (dots) finish(queries);
     }
@@ -237,47 +254,37 @@ class Gradients {
  private:
   // Where the task reads values and sums gradients; its sums begin at 0.
   void start_map(int64_t task, int64_t n, int64_t m) {
-    const int64_t head = (n * p.pixels * p.heads + m) * D, half = b.row / 2;
-    float* map = b.maps ? b.maps + task * p.pixels * b.row : nullptr;
-    const int64_t stride = p.heads * D;
+    const int64_t head = (n * p.pixels * p.heads + m) * D, stride = p.heads * D;
+    float* map = b.maps ? b.maps + task * b.map() : nullptr;
     const T* value = static_cast<const T*>(p.value) + head;
-    if (map) {
-      point(sums_, map + (b.packed ? half : 0), b.row, thrown_away_.data());
+    if constexpr (PACKED) {
+      values_ = {reinterpret_cast<const T*>(map), 0, nullptr}, sums_ = {map + b.values, 0, nullptr};
+      for (int64_t s = 0; s <= p.pixels; ++s) {
+        float* row = map + s * b.row;
+        if (s < p.pixels) {
+          std::copy_n(value + s * stride, D, reinterpret_cast<T*>(row));
+          row += b.values;
+        }
+        std::fill(row, map + (s + 1) * b.row, 0.0f);
+      }
     } else {
-      point(sums_, static_cast<float*>(b.grad_value) + head, stride, thrown_away_.data());
-    }
-    if (!b.packed) {
-      if constexpr (std::is_same_v<V, T>) point(values_, value, stride, reinterpret_cast<const V*>(none_.data()));
+      values_ = {value, stride, reinterpret_cast<const T*>(none_.data())};
+      sums_ = {map ? map : static_cast<float*>(b.grad_value) + head, map ? b.row : stride, thrown_away_.data()};
       if (b.grad_value)
         for (int64_t s = 0; s < p.pixels; ++s) std::fill_n(sums_.rows + s * sums_.stride, D, 0.0f);
     }
-    if constexpr (std::is_same_v<V, float>) {
-      if (!b.packed) return;
-      point(values_, static_cast<const float*>(map), b.row, static_cast<const float*>(none_.data()));
-      for (int64_t s = 0; s < p.pixels; ++s) {
-        float* row = map + s * b.row;
-        load_row(value + s * stride, row, int(D), int(D));
-        std::fill_n(row + half, D, 0.0f);
-      }
-    }
-  }
-
-  template <typename U>
-  static void point(Map<U>& map, U* rows, int64_t stride, U* none) {
-    map.rows = rows, map.stride = stride, map.none = none;
   }
 
   // The products of each corner's row with the upstream gradient, and the gradients of the rows.
   template <bool DOTS, bool SUMS>
-  void through_corners(int queries) {
-    const T* grad = static_cast<const T*>(b.grad_out) + block.first * D;
+  void through_corners(const T* grad, int queries) {
     int waiting = 0;
     for (int q = 0; q < queries; ++q, grad += p.heads * D) {
       for_each_run<4>(D, [&]<int NV, bool PART>(int64_t c, int last) {
-        through_points<NV, PART, DOTS, SUMS>(grad + c, q * block.P, waiting, c, last);
+        through_points<NV, PART, DOTS, SUMS>(grad + c, q * block.P, products_ + int64_t(waiting) * W, c, last);
       });
       waiting += block.P;
-      if (DOTS && (waiting + block.P > dots_ld_ || q + 1 == queries)) {
+      if (DOTS && (waiting + block.P > most_waiting_ || q + 1 == queries)) {
         reduce((q + 1) * block.P - waiting, waiting);
         waiting = 0;
       }
@@ -285,52 +292,53 @@ class Gradients {
   }
 
   template <int NV, bool PART, bool DOTS, bool SUMS>
-  void through_points(const T* grad, int first, int waiting, int64_t c, int last) {
+  void through_points(const T* grad, int first, float* products, int64_t c, int last) {
+    // copies, for all the compiler knows the stores below may change members
+    const Map<const T, PACKED> values = values_.from(c);
+    const Map<float, PACKED> sums = sums_.from(c);
+    const int32_t* const at[4] = {block.at[0], block.at[1], block.at[2], block.at[3]};
+    const float* const weight[4] = {block.corner_weight[0], block.corner_weight[1], block.corner_weight[2],
+                                    block.corner_weight[3]};
     vf g[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) g[v] = load_of<NV, PART>(grad, v, last);
-    for (int i = first; i < first + block.P; ++i, ++waiting) {
-      const float factor = block.weight[i];
+    load_all<NV, PART>(grad, last, g);
+    for (int i = first, end = first + block.P; i < end; ++i, products += W) {
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
-        if (DOTS) values_.fetch(k, i + AHEAD, NV * W * int(sizeof(V)));
-        if (SUMS) sums_.fetch(k, i + AHEAD, NV * W * 4);
+        if (DOTS) ask_for(values.row(at[k][i + AHEAD]), NV * W);
+        if (SUMS) ask_for(sums.row(at[k][i + AHEAD]), NV * W);
       }
+      vf product[4] = {};
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
+      for (int k : BY_COLUMN) {
+        const int32_t pixel = at[k][i];
         if constexpr (DOTS) {
-          const V* row = values_.row[k][size_t(i)] + c;
-          float* to = products_ + (int64_t(k) * dots_ld_ + waiting) * W;
-          vf product = c ? load(to) : vf{};
+          vf x[NV];
+          load_all<NV, PART>(values.row(pixel), last, x);
 #pragma GCC unroll 4
-          for (int v = 0; v < NV; ++v) product += g[v] * load_of<NV, PART>(row, v, last);
-          store(to, product);
+          for (int v = 0; v < NV; ++v) product[k] += g[v] * x[v];
         }
         if constexpr (SUMS) {
-          float* sum = sums_.row[k][size_t(i)] + c;
-          const vf weight = splat(block.corner_weight[k][i] * factor);
+          float* sum = sums.row(pixel);
+          const vf w = splat(weight[k][i]);
 #pragma GCC unroll 4
           for (int v = 0; v < NV; ++v)
-            store_of<NV, PART>(sum, v, last, load_of<NV, PART>(sum, v, last) + weight * g[v]);
+            store_of<NV, PART>(sum, v, last, load_of<NV, PART>(sum, v, last) + w * g[v]);
         }
+      }
+      if (DOTS) {
+        const vf parts = parts_of(product);
+        store(products, c ? load(products) + parts : parts);
       }
     }
   }
 
   void reduce(int first, int count) {
-    for (int k = 0; k < 4; ++k)
-      for (int i = 0; i < count; i += W) {
-        vf r[W];
-#pragma GCC unroll 16
-        for (int j = 0; j < W; ++j) r[j] = load(products_ + (int64_t(k) * dots_ld_ + i + j) * W);
-        const vf sums = sums_of(r);
-        float* to = dots_ + int64_t(k) * block.ld + first + i;
-        if (i + W <= count) {
-          store(to, sums);
-        } else {
-          store_part(to, sums, count - i);
-        }
-      }
+    for (int i = 0; i < count; i += W / 4) {
+      vf r[W];
+#pragma GCC unroll 4
+      for (int j = 0; j < W; j += 4) r[j] = load(products_ + (int64_t(i) * 4 + j) * W / 4);
+      store(dots_ + 4 * int64_t(first + i), sums_of<4>(r));
+    }
   }
 
   // Gradients of positions and weights of the block from the products of its corners.
@@ -338,18 +346,16 @@ class Gradients {
     const int ld = block.ld;
     float *to_y = results_, *to_x = to_y + ld, *to_weight = to_x + ld;
     for (int i = 0; i < block.count; i += W) {
-      vf dot[4], sample{};
-      for (int k = 0; k < 4; ++k) {
-        dot[k] = load(dots_ + int64_t(k) * ld + i);
-        sample += load(block.corner_weight[k] + i) * dot[k];
-      }
-      const vf factor = load(block.weight + i);
+      vf dot[4];
+      load_fours(dots_ + 4 * int64_t(i), dot);
+      const vf dy = load(block.dy + i), dx = load(block.dx + i), factor = load(block.weight + i);
       const vi near = load(block.near + i);
-      const vf by_y = slope_y(dot, load(block.dx + i)) * factor * load(block.scale_y + i);
-      const vf by_x = slope_x(dot, load(block.dy + i)) * factor * load(block.scale_x + i);
+      const vf by_y = slope_y(dot, dx) * factor * load(block.scale_y + i);
+      const vf by_x = slope_x(dot, dy) * factor * load(block.scale_x + i);
       store(to_y + i, reinterpret_cast<vf>(reinterpret_cast<vi>(by_y) & near));
       store(to_x + i, reinterpret_cast<vf>(reinterpret_cast<vi>(by_x) & near));
-      store(to_weight + i, sample);
+      store(to_weight + i, (1.0f - dy) * ((1.0f - dx) * dot[0] + dx * dot[1]) +
+                               dy * ((1.0f - dx) * dot[2] + dx * dot[3]));
     }
     for (int q = 0; q < queries; ++q) {
       const int64_t row = (block.first + q * p.heads) * block.P;
@@ -373,13 +379,13 @@ class Gradients {
   const Params& p;
   Block block;
   const int64_t D;
-  const int dots_ld_;
+  const int most_waiting_;
   Buffer none_, thrown_away_;
-  Buffer products_;  // (4, dots_ld, W): lanes still to be added up
-  Buffer dots_;      // (4, ld)
+  Buffer products_;  // (most_waiting_, W): sums in parts, see parts_of
+  Buffer dots_;      // (ld, 4)
   Buffer results_;   // (3, ld)
-  Map<const V> values_;
-  Map<float> sums_;
+  Map<const T, PACKED> values_;
+  Map<float, PACKED> sums_;
 };
 
 template <typename T>
@@ -388,9 +394,9 @@ void backward(const Backward& b, int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) gradients->run(task);
   };
   if (b.packed) {
-    run(std::make_unique<Gradients<float, T>>(b));
+    run(std::make_unique<Gradients<T, true>>(b));
   } else {
-    run(std::make_unique<Gradients<T, T>>(b));
+    run(std::make_unique<Gradients<T, false>>(b));
   }
 }
 
@@ -398,13 +404,18 @@ void backward(const Backward& b, int64_t from, int64_t to) {
 template <typename T>
 void collect(const Backward& b, int64_t from, int64_t to) {
   const Params& p = b.p;
-  const int64_t D = p.channels, half = b.packed ? b.row / 2 : 0;
+  const int64_t D = p.channels;
   for (int64_t i = from; i < to; ++i) {
     const int64_t round_pair = i / p.pixels, s = i % p.pixels, pair = b.first_pair + round_pair;
-    float* sum = b.maps + (round_pair * b.parts * p.pixels + s) * b.row + half;
-    for (int64_t part = 1; part < b.parts; ++part) add_row(sum + part * p.pixels * b.row, 1.0f, sum, D);
+    float* sum = b.maps + round_pair * b.parts * b.map() + s * b.row + b.values;
+    for (int64_t part = 1; part < b.parts; ++part) add_row(sum + part * b.map(), 1.0f, sum, D);
     T* out = static_cast<T*>(b.grad_value) + ((pair / p.heads * p.pixels + s) * p.heads + pair % p.heads) * D;
-    store_row(out, sum, int(D), 1.0f);
+    for_each_run<4>(D, [&]<int NV, bool PART>(int64_t c, int last) {
+      vf x[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) x[v] = load_of<NV, PART>(sum + c, v, last);
+      store_all<NV, PART>(out + c, last, x);
+    });
   }
 }
 

@@ -33,10 +33,11 @@ struct Params {
 struct Forward {
   Params p;
   void* out;  // (N, Q, M, D)
-  void* packed;  // (pairs, S, row) in value's dtype, or null: rows are read where they are
-  int64_t row;
+  void* packed;  // (pairs, S + 1, D) in value's dtype, the last row zeros, or null: rows are read where they are
   int64_t first_pair, pairs;
   int64_t chunk;  // queries of a unit of work
+  bool stream;    // rows of `out` are whole cache lines, too many to stay in the caches
+  int64_t map() const { return (p.pixels + 1) * p.channels; }  // elements
 };
 
 // A task is a pair and a part of its queries, and owns a map of gradients of the pair. Parts follow from shapes alone, so
@@ -47,15 +48,17 @@ struct Backward {
   void* grad_value;       // or null
   float* grad_positions;  // or null
   float* grad_weights;    // or null
-  float* maps;            // (tasks, S, row), or null: sums are made in grad_value, which is fp32 then
-  int64_t row;            // floats
-  bool packed;            // a row of a map holds the pixel's value, too: half of it each
+  float* maps;            // (tasks, S + 1, row), or null: sums are made in grad_value, which is fp32 then
+  int64_t row;            // floats, those of a pixel's value as it is and then its sums
+  int64_t values;         // floats that hold a pixel's value, 0 unless packed
+  bool packed;
   int64_t first_pair, pairs, parts;
+  int64_t map() const { return (p.pixels + 1) * row; }  // floats
 };
 
 // One set per instruction-set level; ranges are what parallel_for hands out.
 #define ACCEL_MS_DEFORM_ATTN_LEVEL                                                                       \
-  void pack_maps(const Forward& f, int64_t from, int64_t to);     /* rows of all pairs of the round */   \
+  void pack_maps(const Forward& f, int64_t from, int64_t to);     /* pixels [0, S], of all pairs */       \
   void sum_samples(const Forward& f, int64_t from, int64_t to);   /* units: (pair, chunk of queries) */  \
   void sum_gradients(const Backward& b, int64_t from, int64_t to); /* tasks: (pair, part) */             \
   void collect_maps(const Backward& b, int64_t from, int64_t to); /* rows of all pairs of the round */

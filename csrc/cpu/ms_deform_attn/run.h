@@ -46,9 +46,11 @@ inline Params describe(const Tensor& value, const Tensor& positions, const Tenso
   return p;
 }
 
-constexpr int64_t ROUND_BYTES = int64_t(16) << 20;  // of maps at once, if that is enough for every thread
+constexpr int64_t ROUND_BYTES = int64_t(4) << 20;   // of maps at once, if that is enough for every thread
 constexpr int64_t CACHED_BYTES = 256 << 10;         // of a batch entry's map, which packing would not bring nearer
+constexpr int64_t STREAMED_BYTES = 16 << 20;        // of an output, which is not in the caches when it is read next
 constexpr int64_t READS_THAT_PAY = 8;               // of a pixel, for packing its head's map
+constexpr int64_t MOST_OF_MAP = int64_t(1) << 31;   // bytes, whose indices are 32-bit
 constexpr int64_t QUERIES_OF_TASK = 64;
 constexpr int64_t TASKS = 8;  // of a batch entry's backward, which keep as many threads busy
 
@@ -60,28 +62,33 @@ inline int64_t maps_at_once(int64_t bytes, int64_t all) {
   return std::min(all, std::max(threads, ROUND_BYTES / bytes));
 }
 
+inline bool streams(int64_t bytes, int64_t row, const void* out) {
+  constexpr uintptr_t LINE = 64;
+  return bytes >= STREAMED_BYTES && uintptr_t(row) % LINE == 0 && reinterpret_cast<uintptr_t>(out) % LINE == 0;
+}
+
 inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shape) {
   Tensor out = torch::stable::new_empty(value, shape);
   Forward f{};
   f.p = p;
   f.out = out.mutable_data_ptr();
   f.chunk = QUERIES_OF_TASK;
+  f.stream = streams(out.numel() * int64_t(out.element_size()), p.channels * int64_t(out.element_size()), f.out);
   const int64_t all = p.batch * p.heads, chunks = (p.queries + f.chunk - 1) / f.chunk;
   if (all * chunks == 0) return out;
-  const int64_t bytes = p.pixels * p.channels * int64_t(value.element_size());
+  const int64_t bytes = f.map() * int64_t(value.element_size());
   Tensor maps;
   f.pairs = all;
-  if (reads(p) >= READS_THAT_PAY && p.heads > 1 && bytes * p.heads > CACHED_BYTES) {
-    f.row = p.channels;
+  if (reads(p) >= READS_THAT_PAY && p.heads > 1 && bytes * p.heads > CACHED_BYTES && bytes <= MOST_OF_MAP) {
     f.pairs = maps_at_once(bytes, all);
-    maps = torch::stable::new_empty(value, {f.pairs, p.pixels, f.row});
+    maps = torch::stable::new_empty(value, {f.pairs, f.map()});
     f.packed = maps.mutable_data_ptr();
   }
   auto pack = ACCEL_LEVEL(pack_maps), run = ACCEL_LEVEL(sum_samples);
   for (int64_t pairs = f.pairs; f.first_pair < all; f.first_pair += pairs) {
     f.pairs = std::min(pairs, all - f.first_pair);
     if (f.packed)
-      torch::stable::parallel_for(0, f.pairs * p.pixels, 1024, [&](int64_t from, int64_t to) { pack(f, from, to); });
+      torch::stable::parallel_for(0, p.pixels + 1, 256, [&](int64_t from, int64_t to) { pack(f, from, to); });
     torch::stable::parallel_for(0, f.pairs * chunks, 1, [&](int64_t from, int64_t to) { run(f, from, to); });
   }
   return out;
@@ -115,12 +122,14 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
   if (all == 0 || !(needs[0] || needs[1] || needs[2])) return {grad_value, grad_positions, grad_weights};
 
   b.parts = parts_of(p);
-  b.packed = needs[0] && reads(p) >= READS_THAT_PAY;
+  b.values = (p.channels * int64_t(value.element_size()) + 3) / 4;
+  b.row = b.values + p.channels;
+  b.packed = needs[0] && reads(p) >= READS_THAT_PAY && 4 * b.map() <= MOST_OF_MAP;
+  if (!b.packed) b.values = 0, b.row = p.channels;
   b.pairs = all;
   Tensor maps;
   if (needs[0] && (b.packed || b.parts > 1 || p.dtype != Dtype::f32)) {
-    b.row = (b.packed ? 2 : 1) * p.channels;
-    const int64_t floats = b.parts * p.pixels * b.row;
+    const int64_t floats = b.parts * b.map();
     b.pairs = maps_at_once(4 * floats, all);
     maps = torch::stable::new_empty(value, {b.pairs, floats}, ScalarType::Float);
     b.maps = mutable_floats(maps);
