@@ -62,6 +62,16 @@ inline int64_t maps_at_once(int64_t bytes, int64_t all) {
   return std::min(all, std::max(threads, ROUND_BYTES / bytes));
 }
 
+// Room for maps, whose rows do not share more lines than they must: processors fetch them by twos.
+constexpr int64_t TWO_LINES = 128;
+inline Tensor room_for(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes + TWO_LINES}, ScalarType::Byte);
+}
+inline void* start_of(Tensor& room) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(room.mutable_data_ptr());
+  return reinterpret_cast<void*>((from + TWO_LINES - 1) / TWO_LINES * TWO_LINES);
+}
+
 inline bool streams(int64_t bytes, int64_t row, const void* out) {
   constexpr uintptr_t LINE = 64;
   return bytes >= STREAMED_BYTES && uintptr_t(row) % LINE == 0 && reinterpret_cast<uintptr_t>(out) % LINE == 0;
@@ -81,8 +91,8 @@ inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shap
   f.pairs = all;
   if (reads(p) >= READS_THAT_PAY && p.heads > 1 && bytes * p.heads > CACHED_BYTES && bytes <= MOST_OF_MAP) {
     f.pairs = maps_at_once(bytes, all);
-    maps = torch::stable::new_empty(value, {f.pairs, f.map()});
-    f.packed = maps.mutable_data_ptr();
+    maps = room_for(value, f.pairs * bytes);
+    f.packed = start_of(maps);
   }
   auto pack = ACCEL_LEVEL(pack_maps), run = ACCEL_LEVEL(sum_samples);
   for (int64_t pairs = f.pairs; f.first_pair < all; f.first_pair += pairs) {
@@ -131,8 +141,8 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
   if (needs[0] && (b.packed || b.parts > 1 || p.dtype != Dtype::f32)) {
     const int64_t floats = b.parts * b.map();
     b.pairs = maps_at_once(4 * floats, all);
-    maps = torch::stable::new_empty(value, {b.pairs, floats}, ScalarType::Float);
-    b.maps = mutable_floats(maps);
+    maps = room_for(value, b.pairs * 4 * floats);
+    b.maps = static_cast<float*>(start_of(maps));
   }
   auto run = ACCEL_LEVEL(sum_gradients), collect = ACCEL_LEVEL(collect_maps);
   for (int64_t pairs = b.pairs; b.first_pair < all; b.first_pair += pairs) {
