@@ -190,3 +190,35 @@ def leaf(module: str) -> tuple[Any, str | None]:
 def leaf_reason(module: str) -> str | None:
     """Why ``module`` would not load, None where it did."""
     return leaf(module)[1]
+
+
+# --- backends by the name of their op; accel._C and the Triton leaf may be missing, so the call looks them up ---
+
+
+def native(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward in accel._C. torch calls the kernel of the device on which the tensors are."""
+
+    def forward(*args: Any) -> Any:
+        return getattr(torch.ops.accel_native, f"{op}_forward").default(*args)
+
+    def backward(*args: Any) -> Any:
+        return getattr(torch.ops.accel_native, f"{op}_backward").default(*args)
+
+    return forward, backward
+
+
+def triton(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of ``accel.kernels.<op>``."""
+
+    def forward(*args: Any) -> Any:
+        return leaf(f"accel.kernels.{op}")[0].forward(*args)
+
+    def backward(*args: Any) -> Any:
+        return leaf(f"accel.kernels.{op}")[0].backward(*args)
+
+    return forward, backward
+
+
+def why_not_triton(op: str, args: Any) -> str | None:
+    """Why ``accel.kernels.<op>`` did not load or does not take the call."""
+    return leaf_reason(f"accel.kernels.{op}") or leaf(f"accel.kernels.{op}")[0].why_not(args)

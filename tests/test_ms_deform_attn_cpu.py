@@ -64,7 +64,7 @@ def test_sizes_that_take_another_path(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", testing.KERNEL_DTYPES, ids=str)
-@pytest.mark.parametrize("dim", (32, 64, 96))
+@pytest.mark.parametrize("dim", [32, 64, 96])
 def test_a_large_output_is_that_of_its_parts(dim, dtype):
     queries = 16 * 2**20 // (8 * dim * dtype.itemsize) + 5  # 16 MiB and more are stored past the caches
     tensors, kwargs = levels([(4, 5), (2, 3)], queries, 1, 8, dim)

@@ -114,10 +114,7 @@ def why_not_dtype(main: Tensor) -> str | None:
 
 def why_not_triton(name: str, args: Any) -> str | None:
     """Why ``accel.kernels.<name>`` cannot compute ``args``."""
-    reason = dispatch.leaf_reason(f"accel.kernels.{name}")
-    if reason is not None:
-        return reason
-    return dispatch.leaf(f"accel.kernels.{name}")[0].why_not(args) or why_not_dtype(args[0])
+    return dispatch.why_not_triton(name, args) or why_not_dtype(args[0])
 
 
 @functools.cache

@@ -106,24 +106,12 @@ def _why_not_cpu(args: Args) -> str | None:
     return _sampling.why_not_cpu(args.input)
 
 
-def _cpu_forward(*args: Any) -> Any:
-    return torch.ops.accel_native.deform_conv2d_forward.default(*args)
-
-
-def _cpu_backward(*args: Any) -> Any:
-    return torch.ops.accel_native.deform_conv2d_backward.default(*args)
-
-
 def _why_not_triton(args: Args) -> str | None:
     return _sampling.why_not_triton("deform_conv2d", args)
 
 
-def _triton_forward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.deform_conv2d")[0].forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.deform_conv2d")[0].backward(*args)
+_native = dispatch.native("deform_conv2d")
+_triton = dispatch.triton("deform_conv2d")
 
 
 # --- registered ops: opaque to the compiler, the backend a string ---
@@ -358,10 +346,8 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
-            dispatch.Backend(
-                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
-            ),
+            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

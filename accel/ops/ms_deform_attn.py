@@ -75,25 +75,12 @@ def _why_not_cuda(args: Args) -> str | None:
     return reason
 
 
-# of accel._C: torch calls the kernel of the device on which the tensors are
-def _native_forward(*args: Any) -> Any:
-    return torch.ops.accel_native.ms_deform_attn_forward.default(*args)
-
-
-def _native_backward(*args: Any) -> Any:
-    return torch.ops.accel_native.ms_deform_attn_backward.default(*args)
-
-
 def _why_not_triton(args: Args) -> str | None:
     return _sampling.why_not_triton("ms_deform_attn", args)
 
 
-def _triton_forward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.ms_deform_attn")[0].forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.ms_deform_attn")[0].backward(*args)
+_native = dispatch.native("ms_deform_attn")
+_triton = dispatch.triton("ms_deform_attn")
 
 
 # --- registered ops: opaque to the compiler, the backend a string ---
@@ -419,14 +406,10 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _native_forward, _native_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
             # the faster of these two on an H200; a library without it, built where nvcc is not, lacks nothing
-            dispatch.Backend(
-                "cuda", _why_not_cuda, _native_forward, _native_backward, frozenset({"cuda"}), KERNEL_DTYPES, extra=True
-            ),
-            dispatch.Backend(
-                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
-            ),
+            dispatch.Backend("cuda", _why_not_cuda, *_native, frozenset({"cuda"}), KERNEL_DTYPES, extra=True),
+            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -69,24 +69,12 @@ def _why_not_cpu(args: Args) -> str | None:
     return _sampling.why_not_cpu(args.input)
 
 
-def _cpu_forward(*args: Any) -> Any:
-    return torch.ops.accel_native.ps_roi_align_forward.default(*args)
-
-
-def _cpu_backward(*args: Any) -> Any:
-    return torch.ops.accel_native.ps_roi_align_backward.default(*args)
-
-
 def _why_not_triton(args: Args) -> str | None:
     return _sampling.why_not_triton("ps_roi_align", args)
 
 
-def _triton_forward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.ps_roi_align")[0].forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.ps_roi_align")[0].backward(*args)
+_native = dispatch.native("ps_roi_align")
+_triton = dispatch.triton("ps_roi_align")
 
 
 # --- registered ops: opaque to the compiler, the backend a string ---
@@ -241,10 +229,8 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
-            dispatch.Backend(
-                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
-            ),
+            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -161,14 +161,7 @@ def _cpu_backward(*args: Any) -> Any:
 
 
 def _why_not_triton(args: Args) -> str | None:
-    reason = dispatch.leaf_reason("accel.kernels.softmax_attention")
-    if reason is not None:
-        return reason
-    return dispatch.leaf("accel.kernels.softmax_attention")[0].why_not(args) or _why_not_kernel(args)
-
-
-def _triton_forward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.softmax_attention")[0].forward(*args)
+    return dispatch.why_not_triton("softmax_attention", args) or _why_not_kernel(args)
 
 
 def _torch_forward(*args: Any) -> Any:
@@ -181,9 +174,7 @@ def _why_not_torch(args: Args) -> str | None:
     return _attention_torch.why_not(args) or _why_not_triton(args)  # which computes its backward
 
 
-def _triton_backward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.softmax_attention")[0].backward(*args)
-
+_triton_forward, _triton_backward = dispatch.triton("softmax_attention")
 
 # --- registered ops: opaque to the compiler, the backend a string ---
 

@@ -184,19 +184,10 @@ def _cpu_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *args
 
 
 def _why_not_triton(args: Args) -> str | None:
-    reason = dispatch.leaf_reason("accel.kernels.window_attention")
-    if reason is not None:
-        return reason
-    return dispatch.leaf("accel.kernels.window_attention")[0].why_not(args) or _why_not_kernel(args, 128)
+    return dispatch.why_not_triton("window_attention", args) or _why_not_kernel(args, 128)
 
 
-def _triton_forward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.window_attention")[0].forward(*args)
-
-
-def _triton_backward(*args: Any) -> Any:
-    return dispatch.leaf("accel.kernels.window_attention")[0].backward(*args)
-
+_triton_forward, _triton_backward = dispatch.triton("window_attention")
 
 # --- registered ops: opaque to the compiler, the backend a string ---
 

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <vector>
 
 #include "../_sampling.h"
 
@@ -86,7 +85,7 @@ class Block {
   int64_t first = 0;      // (n, query, m) as one index, that of the next query is `heads` further
   float *y, *x, *weight, *dy, *dx, *scale_y, *scale_x;
   float* corner_weight[4];  // times the point's weight
-  int32_t *near, *at[4];
+  int32_t *near, *at[4];    // at[k + 1] is ld behind at[k], as corner_weight are
 
  private:
   void read(const float* position, const float* factor, float base_y, float base_x, int to) {
