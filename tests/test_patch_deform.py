@@ -341,7 +341,7 @@ def test_fx_tracing_sees_the_class(monkeypatch):
     monkeypatch.setattr(tv, "deform_conv2d", recorded)
     report = accel.patch(model)
     traced = torch.fx.symbolic_trace(model)
-    torch.testing.assert_close(traced(*inputs), expected)
+    torch.testing.assert_close(traced(*inputs), expected, rtol=0, atol=1e-12)  # torchvision's own where it loads
     assert report.rows[0].fallbacks == {"its input is a Proxy, not a tensor": 1}
 
 

@@ -206,20 +206,6 @@ inline T* row_of(T* map, int64_t stride, int32_t at, T* zeros) {
   return at < 0 ? zeros : map + at * stride;
 }
 
-// out[0..n) = Σ_k weight[k] · row[k][0..n), in fp32, rounded once if U is a half.
-template <typename T, typename U>
-inline void weigh_rows(const T* const (&row)[4], const float (&weight)[4], U* out, int64_t n) {
-  const vf w0 = splat(weight[0]), w1 = splat(weight[1]), w2 = splat(weight[2]), w3 = splat(weight[3]);
-  for_each_run<4>(n, [&]<int NV, bool PART>(int64_t c, int last) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      const vf above = w0 * load_of<NV, PART>(row[0] + c, v, last) + w1 * load_of<NV, PART>(row[1] + c, v, last);
-      const vf below = w2 * load_of<NV, PART>(row[2] + c, v, last) + w3 * load_of<NV, PART>(row[3] + c, v, last);
-      store_of<NV, PART>(out + c, v, last, above + below);
-    }
-  });
-}
-
 // sum[0..n) += weight · row[0..n): how a gradient reaches the pixel of a corner.
 template <typename T>
 inline void add_row(const T* row, float weight, float* sum, int64_t n) {
