@@ -189,24 +189,20 @@ void forward(const Forward& f, int64_t from, int64_t to) {
   f.packed ? sum_units<T, true>(f, from, to) : sum_units<T, false>(f, from, to);
 }
 
-// Pixels [from, to) of all maps of the round, the last of them being the row of zeros.
+// Rows [from, to) of the pairs' maps, each of which ends in a row of zeros.
 template <typename T>
 void pack(const Forward& f, int64_t from, int64_t to) {
-  constexpr int64_t SOME = 64;  // whose rows of all heads stay in the cache
   const Params& p = f.p;
-  const int64_t D = p.channels, step = p.heads * D, known = std::min(to, p.pixels);
-  T* packed = static_cast<T*>(f.packed);
-  for (int64_t first = from; first < known; first += SOME) {
-    const int64_t last = std::min(first + SOME, known);
-    for (int64_t i = 0; i < f.pairs; ++i) {
-      const int64_t pair = f.first_pair + i;
-      const T* src = static_cast<const T*>(p.value) + (pair / p.heads * p.pixels * p.heads + pair % p.heads) * D;
-      T* dst = packed + i * f.map();
-      for (int64_t s = first; s < last; ++s) std::copy_n(src + s * step, D, dst + s * D);
-    }
+  const int64_t D = p.channels, step = p.heads * D, rows = p.pixels + 1;
+  while (from < to) {
+    const int64_t map = from / rows, first = from % rows, last = std::min(first + to - from, rows);
+    const int64_t pair = f.first_pair + map;
+    const T* src = static_cast<const T*>(p.value) + (pair / p.heads * p.pixels * p.heads + pair % p.heads) * D;
+    T* dst = static_cast<T*>(f.packed) + map * f.map();
+    for (int64_t s = first; s < std::min(last, p.pixels); ++s) std::copy_n(src + s * step, D, dst + s * D);
+    if (last == rows) std::fill_n(dst + p.pixels * D, D, T{});
+    from += last - first;
   }
-  if (to > p.pixels)
-    for (int64_t i = 0; i < f.pairs; ++i) std::fill_n(packed + i * f.map() + p.pixels * D, D, T{});
 }
 
 // --- backward ---
@@ -399,22 +395,27 @@ void backward(const Backward& b, int64_t from, int64_t to) {
   }
 }
 
-// Sums of the parts' maps, in their order.
+// Sums of the parts' maps, in their order: rows [from, to) of the pairs.
 template <typename T>
 void collect(const Backward& b, int64_t from, int64_t to) {
   const Params& p = b.p;
-  const int64_t D = p.channels;
-  for (int64_t i = from; i < to; ++i) {
-    const int64_t round_pair = i / p.pixels, s = i % p.pixels, pair = b.first_pair + round_pair;
-    float* sum = b.maps + round_pair * b.parts * b.map() + s * b.row + b.values;
-    for (int64_t part = 1; part < b.parts; ++part) add_row(sum + part * b.map(), 1.0f, sum, D);
-    T* out = static_cast<T*>(b.grad_value) + ((pair / p.heads * p.pixels + s) * p.heads + pair % p.heads) * D;
-    for_each_run<4>(D, [&]<int NV, bool PART>(int64_t c, int last) {
-      vf x[NV];
+  const int64_t D = p.channels, step = p.heads * D;
+  while (from < to) {
+    const int64_t i = from / p.pixels, first = from % p.pixels, last = std::min(first + to - from, p.pixels);
+    const int64_t pair = b.first_pair + i;
+    float* map = b.maps + i * b.parts * b.map() + b.values;
+    T* out = static_cast<T*>(b.grad_value) + (pair / p.heads * p.pixels * p.heads + pair % p.heads) * D;
+    for (int64_t s = first; s < last; ++s) {
+      float* sum = map + s * b.row;
+      for (int64_t part = 1; part < b.parts; ++part) add_row(sum + part * b.map(), 1.0f, sum, D);
+      for_each_run<4>(D, [&]<int NV, bool PART>(int64_t c, int last_lanes) {
+        vf x[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) x[v] = load_of<NV, PART>(sum + c, v, last);
-      store_all<NV, PART>(out + c, last, x);
-    });
+        for (int v = 0; v < NV; ++v) x[v] = load_of<NV, PART>(sum + c, v, last_lanes);
+        store_all<NV, PART>(out + s * step + c, last_lanes, x);
+      });
+    }
+    from += last - first;
   }
 }
 

@@ -29,12 +29,12 @@ struct Params {
 };
 
 // The rows of one head are a kilobyte apart in `value`, in an eighth of the cache's sets. Where each is read often, the
-// maps of a few (batch, head) pairs at a time are packed first, `pairs` of them from `first_pair` on.
+// maps of a few (batch, head) pairs at a time are packed first. Ranges of work count from `first_pair` on.
 struct Forward {
   Params p;
   void* out;  // (N, Q, M, D)
-  void* packed;  // (pairs, S + 1, D) in value's dtype, the last row zeros, or null: rows are read where they are
-  int64_t first_pair, pairs;
+  void* packed;  // (some pairs, S + 1, D) in value's dtype, the last row zeros, or null: rows are read where they are
+  int64_t first_pair;
   int64_t chunk;  // queries of a unit of work
   bool stream;    // rows of `out` are whole cache lines, too many to stay in the caches
   int64_t map() const { return (p.pixels + 1) * p.channels; }  // elements
@@ -52,16 +52,16 @@ struct Backward {
   int64_t row;            // floats, those of a pixel's value as it is and then its sums
   int64_t values;         // floats that hold a pixel's value, 0 unless packed
   bool packed;
-  int64_t first_pair, pairs, parts;
+  int64_t first_pair, parts;
   int64_t map() const { return (p.pixels + 1) * row; }  // floats
 };
 
 // One set per instruction-set level; ranges are what parallel_for hands out.
 #define ACCEL_MS_DEFORM_ATTN_LEVEL                                                                       \
-  void pack_maps(const Forward& f, int64_t from, int64_t to);     /* pixels [0, S], of all pairs */       \
-  void sum_samples(const Forward& f, int64_t from, int64_t to);   /* units: (pair, chunk of queries) */  \
+  void pack_maps(const Forward& f, int64_t from, int64_t to);      /* rows of the pairs' maps */         \
+  void sum_samples(const Forward& f, int64_t from, int64_t to);    /* units: (pair, chunk of queries) */ \
   void sum_gradients(const Backward& b, int64_t from, int64_t to); /* tasks: (pair, part) */             \
-  void collect_maps(const Backward& b, int64_t from, int64_t to); /* rows of all pairs of the round */
+  void collect_maps(const Backward& b, int64_t from, int64_t to);  /* rows of the pairs' maps */
 
 }  // namespace accel::ms_deform_attn
 

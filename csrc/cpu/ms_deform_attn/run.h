@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -46,7 +47,6 @@ inline Params describe(const Tensor& value, const Tensor& positions, const Tenso
   return p;
 }
 
-constexpr int64_t ROUND_BYTES = int64_t(4) << 20;   // of maps at once, if that is enough for every thread
 constexpr int64_t CACHED_BYTES = 256 << 10;         // of a batch entry's map, which packing would not bring nearer
 constexpr int64_t STREAMED_BYTES = 16 << 20;        // of an output, which is not in the caches when it is read next
 constexpr int64_t READS_THAT_PAY = 8;               // of a pixel, for packing its head's map
@@ -57,9 +57,21 @@ constexpr int64_t TASKS = 8;  // of a batch entry's backward, which keep as many
 // How often a pixel's row is read, were all samples spread evenly.
 inline int64_t reads(const Params& p) { return 4 * p.queries * p.points / p.pixels; }
 
-inline int64_t maps_at_once(int64_t bytes, int64_t all) {
-  const int64_t threads = std::max<int64_t>(1, torch::stable::get_num_threads());
-  return std::min(all, std::max(threads, ROUND_BYTES / bytes));
+// Maps of (batch, head) pairs are made and used by turns. As far as there are as many pairs for every thread, each
+// thread takes its own, one after the other: alone(pair, number of its map). It waits for no other thread then and reads
+// no map out of another's caches, which may be far. Fewer pairs than threads are left over, and all threads work on
+// their maps: together(first pair, how many).
+inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+inline int64_t maps_needed(int64_t pairs) { return std::min(pairs, threads()); }
+template <typename Alone, typename Together>
+inline void by_turns(int64_t pairs, const Alone& alone, const Together& together) {
+  const int64_t rest = pairs % threads();
+  std::atomic<int64_t> taken{0};
+  if (pairs > rest)
+    torch::stable::parallel_for(0, pairs - rest, 1, [&](int64_t from, int64_t to) {
+      for (const int64_t map = taken++; from < to; ++from) alone(from, map);
+    });
+  if (rest > 0) together(pairs - rest, rest);
 }
 
 // Room for maps, whose rows do not share more lines than they must: processors fetch them by twos.
@@ -84,23 +96,29 @@ inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shap
   f.out = out.mutable_data_ptr();
   f.chunk = QUERIES_OF_TASK;
   f.stream = streams(out.numel() * int64_t(out.element_size()), p.channels * int64_t(out.element_size()), f.out);
-  const int64_t all = p.batch * p.heads, chunks = (p.queries + f.chunk - 1) / f.chunk;
+  const int64_t all = p.batch * p.heads, chunks = (p.queries + f.chunk - 1) / f.chunk, rows = p.pixels + 1;
   if (all * chunks == 0) return out;
-  const int64_t bytes = f.map() * int64_t(value.element_size());
-  Tensor maps;
-  f.pairs = all;
-  if (reads(p) >= READS_THAT_PAY && p.heads > 1 && bytes * p.heads > CACHED_BYTES && bytes <= MOST_OF_MAP) {
-    f.pairs = maps_at_once(bytes, all);
-    maps = room_for(value, f.pairs * bytes);
-    f.packed = start_of(maps);
-  }
   auto pack = ACCEL_LEVEL(pack_maps), run = ACCEL_LEVEL(sum_samples);
-  for (int64_t pairs = f.pairs; f.first_pair < all; f.first_pair += pairs) {
-    f.pairs = std::min(pairs, all - f.first_pair);
+  auto together = [&](int64_t first, int64_t pairs) {
+    f.first_pair = first;
     if (f.packed)
-      torch::stable::parallel_for(0, p.pixels + 1, 256, [&](int64_t from, int64_t to) { pack(f, from, to); });
-    torch::stable::parallel_for(0, f.pairs * chunks, 1, [&](int64_t from, int64_t to) { run(f, from, to); });
+      torch::stable::parallel_for(0, pairs * rows, 256, [&](int64_t from, int64_t to) { pack(f, from, to); });
+    torch::stable::parallel_for(0, pairs * chunks, 1, [&](int64_t from, int64_t to) { run(f, from, to); });
+  };
+  const int64_t bytes = f.map() * int64_t(value.element_size());
+  if (reads(p) < READS_THAT_PAY || p.heads == 1 || bytes * p.heads <= CACHED_BYTES || bytes > MOST_OF_MAP) {
+    together(0, all);
+    return out;
   }
+  Tensor room = room_for(value, maps_needed(all) * bytes);
+  f.packed = start_of(room);
+  auto alone = [&](int64_t pair, int64_t map) {
+    Forward own = f;
+    own.first_pair = pair, own.packed = static_cast<char*>(f.packed) + map * bytes;
+    pack(own, 0, rows);
+    run(own, 0, chunks);
+  };
+  by_turns(all, alone, together);
   return out;
 }
 
@@ -136,21 +154,27 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
   b.row = b.values + p.channels;
   b.packed = needs[0] && reads(p) >= READS_THAT_PAY && 4 * b.map() <= MOST_OF_MAP;
   if (!b.packed) b.values = 0, b.row = p.channels;
-  b.pairs = all;
-  Tensor maps;
-  if (needs[0] && (b.packed || b.parts > 1 || p.dtype != Dtype::f32)) {
-    const int64_t floats = b.parts * b.map();
-    b.pairs = maps_at_once(4 * floats, all);
-    maps = room_for(value, b.pairs * 4 * floats);
-    b.maps = static_cast<float*>(start_of(maps));
-  }
   auto run = ACCEL_LEVEL(sum_gradients), collect = ACCEL_LEVEL(collect_maps);
-  for (int64_t pairs = b.pairs; b.first_pair < all; b.first_pair += pairs) {
-    b.pairs = std::min(pairs, all - b.first_pair);
-    torch::stable::parallel_for(0, b.pairs * b.parts, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
+  auto together = [&](int64_t first, int64_t pairs) {
+    b.first_pair = first;
+    torch::stable::parallel_for(0, pairs * b.parts, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
     if (b.maps)
-      torch::stable::parallel_for(0, b.pairs * p.pixels, 512, [&](int64_t from, int64_t to) { collect(b, from, to); });
+      torch::stable::parallel_for(0, pairs * p.pixels, 512, [&](int64_t from, int64_t to) { collect(b, from, to); });
+  };
+  if (!needs[0] || (!b.packed && b.parts == 1 && p.dtype == Dtype::f32)) {
+    together(0, all);
+    return {grad_value, grad_positions, grad_weights};
   }
+  const int64_t floats = b.parts * b.map();
+  Tensor room = room_for(value, maps_needed(all) * 4 * floats);
+  b.maps = static_cast<float*>(start_of(room));
+  auto alone = [&](int64_t pair, int64_t map) {
+    Backward own = b;
+    own.first_pair = pair, own.maps = b.maps + map * floats;
+    run(own, 0, b.parts);
+    collect(own, 0, p.pixels);
+  };
+  by_turns(all, alone, together);
   return {grad_value, grad_positions, grad_weights};
 }
 
