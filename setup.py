@@ -133,7 +133,8 @@ class BuildNative(build_ext):
         warnings = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # last: gcc 12's headers
         numerics = "-ffp-contract=fast -fno-math-errno"
         shared = f"-fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}=."
-        common = f"-std=c++20 -O3 {shared} {warnings} {numerics}"
+        # whole cache lines of instructions: by where a loop happens to begin it takes up to a quarter longer
+        common = f"-std=c++20 -O3 -falign-loops=64 {shared} {warnings} {numerics}"
         binding = [
             f"-DTORCH_TARGET_VERSION={TORCH_TARGET} -DTORCH_STABLE_ONLY",
             *(f"-isystem {path}" for path in includes),
