@@ -111,6 +111,37 @@ class Load:
         return max(0.0, ((self._busy() - busy) - (self._own() - own)) / elapsed)
 
 
+# --- how fast it is just now ---
+
+
+class Pace:
+    """The time of a fixed piece of arithmetic on all threads at once, now and at its least.
+
+    Two cores of a virtual machine can be two and, for seconds at a time, the two threads of one core: one thread runs
+    as fast as ever then, and two gain nothing. Clocks sink, too. Neither shows in the load.
+    """
+
+    _GRAIN = 1 << 15  # elements that torch leaves to one thread: n times as many are work for n
+
+    def __init__(self, threads: int, seconds: float = 0.25) -> None:
+        self._numbers = torch.linspace(1, 2, threads * self._GRAIN)
+        self._powers = torch.empty_like(self._numbers)
+        self.least = float("inf")
+        end = time.perf_counter() + seconds
+        while self.now() and time.perf_counter() < end:
+            pass
+
+    def now(self) -> float:
+        """Seconds, the best of three."""
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.pow(self._numbers, 1.7, out=self._powers)
+            best = min(best, time.perf_counter() - start)
+        self.least = min(self.least, best)
+        return best
+
+
 # --- ceilings ---
 
 

@@ -75,7 +75,7 @@ def _text(value: object) -> str:
 
 
 def _head(results: Results) -> str:
-    from accel.benchmarks.report import disturbed, summary
+    from accel.benchmarks.report import disturbed, remarks, summary
 
     parts = [f"<p class='verdict'>{_text(summary(results))}</p>"]
     if disturbed(results):
@@ -83,7 +83,7 @@ def _head(results: Results) -> str:
             f"<p class='bad'>{disturbed(results)} of {len(results.rows)} rows were disturbed by other load on the "
             "machine; their times are marked below.</p>"
         )
-    parts += [f"<p class='soft'>{_text(note)}</p>" for note in results.notes]
+    parts += [f"<p class='soft'>{_text(note)}</p>" for note in remarks(results)]
     return "\n".join(parts)
 
 

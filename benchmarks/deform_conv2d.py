@@ -16,11 +16,11 @@ from torch import Tensor
 import accel
 from accel import dispatch
 from accel.benchmarks._torchvision import allow_import
-from accel.benchmarks.harness import Case, Cost, Goal, Provider, UnavailableError
+from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, UnavailableError, one_thread
 from accel.ops.deform_conv2d import OP
 
 NAME = "deform_conv2d"
-PROVIDERS = ("accel", "torchvision", "conv2d", "matmul")
+PROVIDERS = ("accel", ONE_THREAD, "torchvision", "conv2d", "matmul")
 TAPS = 9
 Function = Callable[..., Tensor]
 
@@ -128,6 +128,7 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype, with_columns: bool) -
 def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], names: Sequence[str] | None) -> Case:
     providers = [
         Provider("accel", ours, _backend),
+        *([one_thread(ours, _backend)] if device == "cpu" else []),
         Provider("torchvision", _torchvision),
         Provider("conv2d", lambda: conv2d, computes=conv2d),
     ]
@@ -180,6 +181,8 @@ def _cpu_goals() -> Iterator[Goal]:
             than = rival.replace("|", " or ")
             name = f"{shape.group}, {mode}, {dtype}: against {than}, in {bound:g} of its time"
             yield Goal(name, NAME, "speedup", "cpu", where, rival, at_least=1 / bound)
+            name = f"{shape.group}, {mode}, {dtype}, from one thread to two or more"
+            yield Goal(name, NAME, "speedup", "cpu", where, ONE_THREAD, at_least=1.7)
 
 
 def _cuda_goals() -> Iterator[Goal]:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.benchmarks._machine import Ceilings, Load, cores, dtype_name, peak_memory
+from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
+from accel.benchmarks.timing import Clock, Contender, Effort, Timing, measure
 from accel.testing import TOLERANCES, Tolerance
 
 OURS = "accel"
-SPREAD = 1.3  # p80/p20 beyond which a row is measured again
+ONE_THREAD = "one thread"  # ours again, to see what more threads gain
 # The tolerance table is for kernels that round once. Rivals round every intermediate to the dtype: they may be four
 # times as far off in the mean, and in half precision their single rows (measured up to 0.1 off, in the bias table's
 # gradient) are not held; their fp32 rows are, and show that they compute the same function.
@@ -41,12 +42,25 @@ class Provider:
     """Somebody's way to compute a case. ``build`` may take long (compile) or raise; ``backend`` names what runs.
 
     ``computes`` is for a yardstick, which computes something else of the same inputs: the function it is judged by.
+    ``threads`` are those it runs on, the process's own if 0.
     """
 
     name: str
     build: Callable[[], Callable[..., Tensor]]
     backend: Callable[..., str] = lambda *inputs: ""
     computes: Callable[..., Tensor] | None = None
+    threads: int = 0
+
+
+def one_thread(build: Callable[[], Callable[..., Tensor]], backend: Callable[..., str]) -> Provider:
+    """Ours on one thread, beside ours on all of them."""
+
+    def build_if_more() -> Callable[..., Tensor]:
+        if torch.get_num_threads() == 1:
+            raise UnavailableError("the process has no more than one thread")
+        return build()
+
+    return Provider(ONE_THREAD, build_if_more, backend, threads=1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ class Row:
     p80_ms: float | None = None
     cpu_ms: float | None = None  # CPU time of a call over all threads; on a GPU the host's time to launch it
     samples: int = 0
+    left_out: int = 0  # rounds beside them in which the machine was slower than at its best
     attempts: int = 0
     disturbed: str = ""
     tflops: float | None = None
@@ -112,191 +127,6 @@ class Row:
     @property
     def label(self) -> str:
         return " ".join(x for x in (self.group, self.variant, self.dtype) if x)
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to look. A row ends once it has ``rounds`` and ``seconds``, or ``most`` rounds."""
-
-    warmup: int
-    rounds: int
-    seconds: float
-    most: int
-    retries: int
-
-
-QUICK = Effort(warmup=1, rounds=7, seconds=0.2, most=40, retries=1)
-NORMAL = Effort(warmup=2, rounds=15, seconds=0.8, most=150, retries=2)
-FULL = Effort(warmup=3, rounds=30, seconds=3.0, most=500, retries=2)
-
-
-# --- timing ---
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Something to time: ``prepare`` runs before every call and is not timed."""
-
-    name: str
-    call: Callable[[], object]
-    prepare: Callable[[], object] | None = None
-
-
-@dataclass(frozen=True)
-class Sample:
-    wall: float  # seconds
-    cpu: float  # seconds over all threads
-    own: float  # seconds of the calling thread
-
-
-class Clock(Protocol):
-    def warm(self, contender: Contender) -> None: ...
-
-    def time(self, contender: Contender) -> Sample: ...
-
-
-class CpuClock:
-    """Wall time beside the CPU time of the process and of the calling thread."""
-
-    def warm(self, contender: Contender) -> None:
-        if contender.prepare is not None:
-            contender.prepare()
-        contender.call()
-
-    def time(self, contender: Contender) -> Sample:
-        if contender.prepare is not None:
-            contender.prepare()
-        own, cpu, wall = time.thread_time(), time.process_time(), time.perf_counter()
-        contender.call()
-        wall = time.perf_counter() - wall
-        return Sample(wall, time.process_time() - cpu, time.thread_time() - own)
-
-
-class CudaClock:
-    """Events around a call on a cold L2.
-
-    The flush before a call is repeated until it outlasts the host's time to launch the call, so that the device never
-    waits for Python and every provider is timed by its kernels; ``cpu`` is the host's time, shown beside.
-    """
-
-    def __init__(self) -> None:
-        cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 64 << 20)
-        self._scratch = torch.empty(max(4 * cache, 256 << 20), dtype=torch.int8, device="cuda")
-        self._flushes: dict[str, int] = {}
-        self._flush_seconds = self._timed(self._scratch.zero_)[0]
-        self._flush_seconds = self._timed(self._scratch.zero_)[0]
-
-    @staticmethod
-    def _timed(call: Callable[[], object]) -> tuple[float, float]:
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        host = time.perf_counter()
-        call()
-        host = time.perf_counter() - host
-        stop.record()
-        stop.synchronize()
-        return start.elapsed_time(stop) / 1e3, host
-
-    def warm(self, contender: Contender) -> None:
-        if contender.prepare is not None:
-            contender.prepare()
-        torch.cuda.synchronize()
-        host = self._timed(contender.call)[1]
-        self._flushes[contender.name] = min(64, 1 + math.ceil(1.5 * host / self._flush_seconds))
-
-    def time(self, contender: Contender) -> Sample:
-        if contender.prepare is not None:
-            contender.prepare()
-        for _ in range(self._flushes.get(contender.name, 1)):
-            self._scratch.zero_()
-        device, host = self._timed(contender.call)
-        return Sample(device, host, host)
-
-
-def make_clock(device: str) -> Clock:
-    return CudaClock() if device == "cuda" else CpuClock()
-
-
-@dataclass(frozen=True)
-class Timing:
-    p20: float  # seconds
-    p50: float
-    p80: float
-    cpu: float  # seconds, median
-    samples: int
-    attempts: int
-    disturbed: str
-
-    @property
-    def spread(self) -> float:
-        return self.p80 / self.p20 if self.p20 > 0 else math.inf
-
-
-def quantile(values: Sequence[float], q: float) -> float:
-    """Linear interpolation between the two nearest order statistics."""
-    ordered = sorted(values)
-    at = q * (len(ordered) - 1)
-    low = math.floor(at)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
-
-
-def _disturbance(samples: Sequence[Sample], others: float, device: str) -> str:
-    """Why these times are not this machine's alone, or nothing."""
-    if device == "cuda":
-        return ""
-    said = []
-    wall = sum(s.wall for s in samples)
-    share = sum(s.own for s in samples) / wall if wall > 0 else 1.0
-    if share < 0.9:
-        said.append(f"had a core {share:.0%} of the time")
-    free = cores() - torch.get_num_threads()
-    if others > max(free, 0) + 0.1 * torch.get_num_threads():
-        said.append(f"others used {others:.1f} cores")
-    return "; ".join(said)
-
-
-def _attempt(contenders: Sequence[Contender], clock: Clock, effort: Effort, device: str) -> dict[str, Timing]:
-    samples: dict[str, list[Sample]] = {c.name: [] for c in contenders}
-    load = Load()
-    start, rounds = time.perf_counter(), 0
-    while rounds < effort.most and (rounds < effort.rounds or time.perf_counter() - start < effort.seconds):
-        for contender in contenders:
-            samples[contender.name].append(clock.time(contender))
-        rounds += 1
-    others = load.others()
-    out = {}
-    for name, taken in samples.items():
-        wall = [s.wall for s in taken]
-        p20, p50, p80 = (quantile(wall, q) for q in (0.2, 0.5, 0.8))
-        cpu = statistics.median(s.cpu for s in taken)
-        out[name] = Timing(p20, p50, p80, cpu, rounds, 1, _disturbance(taken, others, device))
-    return out
-
-
-def measure(contenders: Sequence[Contender], clock: Clock, effort: Effort, device: str = "cpu") -> dict[str, Timing]:
-    """Time all contenders round robin, so that whatever the machine does meets all of them alike.
-
-    Measured again, all together, while the spread of any is too wide; the attempt whose widest spread is least counts.
-    """
-    if not contenders:
-        return {}
-    for contender in contenders:
-        for _ in range(effort.warmup):
-            clock.warm(contender)
-    best: dict[str, Timing] = {}
-    for attempt in range(1, effort.retries + 2):
-        found = _attempt(contenders, clock, effort, device)
-        if not best or _widest(found) < _widest(best):
-            best = found
-        best = {name: replace(t, attempts=attempt) for name, t in best.items()}
-        if _widest(best) <= SPREAD:
-            break
-    return best
-
-
-def _widest(timings: Mapping[str, Timing]) -> float:
-    return max(t.spread for t in timings.values())
 
 
 # --- the gate ---
@@ -397,31 +227,48 @@ def _truths(case: Case, inputs: Sequence[Tensor], modes: Sequence[str], seed: in
 
 
 def _slack(provider: Provider) -> float:
-    return 1.0 if provider.name == OURS else RIVAL_SLACK
+    return 1.0 if provider.name in (OURS, ONE_THREAD) else RIVAL_SLACK
 
 
 # --- a case becomes rows ---
 
 
+@contextmanager
+def _on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _contender(
-    name: str, mode: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+    provider: Provider, mode: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> Contender:
-    if mode == "forward":
-
-        def forward() -> Tensor:
-            with torch.no_grad():
-                return function(*inputs)
-
-        return Contender(name, forward)
     leaves = [x.detach().requires_grad_() for x in inputs]
-    if mode == "forward+backward":
-        return Contender(name, lambda: torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True))
     made: list[Tensor] = []
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(*inputs)
 
     def prepare() -> None:
         made[:] = [function(*leaves)]
 
-    return Contender(name, lambda: torch.autograd.grad(made.pop(), leaves, grad, allow_unused=True), prepare)
+    def backward() -> object:
+        return torch.autograd.grad(made.pop(), leaves, grad, allow_unused=True)
+
+    def both() -> object:
+        return torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
+
+    def on_its_threads() -> object:
+        with _on_threads(provider.threads):
+            return call()
+
+    call = {"forward": forward, "backward": backward, "forward+backward": both}[mode]
+    timed = on_its_threads if provider.threads else call
+    return Contender(provider.name, timed, prepare if mode == "backward" else None)
 
 
 def one_line(error: BaseException, most: int = 240) -> str:
@@ -434,7 +281,8 @@ def fill_timing(row: Row, timing: Timing, cost: Cost | None, ceilings: Ceilings)
     """Write a timing into a row, with what follows from it and the case's cost."""
     row.p20_ms, row.p50_ms, row.p80_ms = 1e3 * timing.p20, 1e3 * timing.p50, 1e3 * timing.p80
     row.cpu_ms = 1e3 * timing.cpu
-    row.samples, row.attempts, row.disturbed = timing.samples, timing.attempts, timing.disturbed
+    row.samples, row.left_out = timing.samples, timing.left_out
+    row.attempts, row.disturbed = timing.attempts, timing.disturbed
     if cost is not None:
         row.tflops = cost.flops / timing.p50 / 1e12
         row.gbs = cost.moved / timing.p50 / 1e9
@@ -489,7 +337,7 @@ def run_case(
                 if row.reason:
                     row.status = "FAIL"
                     continue
-                contender = _contender(provider.name, mode, function, inputs, truth.grad)
+                contender = _contender(provider, mode, function, inputs, truth.grad)
                 row.peak_mib = _peak(contender, device)
             except Exception as error:
                 row.status, row.reason = "unavailable", one_line(error)
@@ -515,7 +363,7 @@ class Alone:
         self.backend = provider.backend(*inputs)
         got = _run(function, inputs, None if mode == "forward" else truth.grad)
         self.error, self.reason = truth.judge(got, case, _slack(provider))
-        self.contender = _contender(provider.name, mode, function, inputs, truth.grad)
+        self.contender = _contender(provider, mode, function, inputs, truth.grad)
 
 
 def _peak(contender: Contender, device: str) -> float | None:

@@ -20,17 +20,14 @@ from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
 from accel.benchmarks._torchvision import allow_import
 from accel.benchmarks.harness import (
     OURS,
-    Clock,
-    Contender,
-    Effort,
     Goal,
     Row,
     UnavailableError,
     fill_timing,
-    measure,
     one_line,
     relative_rms,
 )
+from accel.benchmarks.timing import Clock, Contender, Effort, measure
 from accel.testing import TOLERANCES
 
 NAME = "models"

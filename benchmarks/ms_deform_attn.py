@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 import accel
 from accel import dispatch
-from accel.benchmarks.harness import Case, Cost, Goal, Provider
+from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, one_thread
 from accel.ops.ms_deform_attn import OP
 
 NAME = "ms_deform_attn"
-PROVIDERS = ("accel", "eager", "compile")
+PROVIDERS = ("accel", ONE_THREAD, "eager", "compile")
 POINTS = 4
 Function = Callable[..., Tensor]
 
@@ -155,6 +155,7 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], n
 
     known = {
         "accel": Provider("accel", lambda: ours(shape), backend),
+        ONE_THREAD: one_thread(lambda: ours(shape), backend),
         "eager": Provider("eager", lambda: eager(shape)),
         "compile": Provider("compile", lambda: _compiled(eager(shape)), lambda *inputs: "inductor"),
     }
@@ -180,7 +181,8 @@ def cases(device: str, dtypes: Sequence[torch.dtype], level: str, providers: Seq
     named = list(providers) if providers else ["accel", "eager"] if level == "quick" else list(PROVIDERS)
     for dtype in dtypes:
         for shape in _shapes(1 if device == "cpu" else 4):
-            yield _case(shape, device, dtype, modes, named)
+            spread = device == "cpu" and shape.group == "encoder"  # the others have little to share out
+            yield _case(shape, device, dtype, modes, [n for n in named if n != ONE_THREAD or spread])
 
 
 # --- goals ---
@@ -194,6 +196,9 @@ def _cpu_goals() -> Iterator[Goal]:
                 where = {"group": group, "variant": variant, "dtype": dtype, "mode": mode}
                 name = f"{group} {variant}, {mode}, {dtype}, against grid_sample"
                 yield Goal(name, NAME, "speedup", "cpu", where, "eager", at_least=bound)
+                if group == "encoder":
+                    name = f"{group} {variant}, {mode}, {dtype}, from one thread to two or more"
+                    yield Goal(name, NAME, "speedup", "cpu", where, ONE_THREAD, at_least=1.7)
 
 
 def _cuda_goals() -> Iterator[Goal]:

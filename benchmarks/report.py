@@ -160,6 +160,7 @@ def row_cells(row: Row, speedup: float | None) -> list[str]:
     notes = [row.status] if row.status != "ok" else []
     notes += [row.reason] if row.reason else []
     notes += [f"{row.calls} calls"] if row.calls is not None else []
+    notes += [f"{row.left_out} of {row.samples + row.left_out} rounds left out"] if row.left_out else []
     notes += [f"disturbed: {row.disturbed}"] if row.disturbed else []
     return [
         f"{row.label}",
@@ -206,6 +207,17 @@ def summary(results: Results) -> str:
     if not results.finished:
         text += "; the run did not finish"
     return text
+
+
+LEFT_OUT = (
+    "Rounds are left out, of all providers alike, where before or after them the processor took a quarter longer than "
+    "at its best for a fixed piece of arithmetic on all threads."
+)
+
+
+def remarks(results: Results) -> list[str]:
+    """The notes of a run, and what its rows call for."""
+    return [*results.notes, *([LEFT_OUT] if any(row.left_out for row in results.rows) else [])]
 
 
 def disturbed(results: Results) -> int:
@@ -296,7 +308,7 @@ def show(results: Results, terminal: Terminal, page: Path) -> None:
             f"digits, {len(curves.eager)} steps: loss {curves.eager[-1]:.4f} unpatched, {curves.patched[-1]:.4f} "
             f"patched; largest difference {curves.difference:.1e}, noise of rounding {curves.noise:.1e}"
         )
-    for note in results.notes:
+    for note in remarks(results):
         terminal.print(note)
     verdicts = results.verdicts()
     if verdicts:
