@@ -57,19 +57,21 @@ constexpr int64_t TASKS = 8;  // of a batch entry's backward, which keep as many
 // How often a pixel's row is read, were all samples spread evenly.
 inline int64_t reads(const Params& p) { return 4 * p.queries * p.points / p.pixels; }
 
+inline int64_t count_threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
 // Maps of (batch, head) pairs are made and used by turns. As far as there are as many pairs for every thread, each
-// thread takes its own, one after the other: alone(pair, number of its map). It waits for no other thread then and reads
-// no map out of another's caches, which may be far. Fewer pairs than threads are left over, and all threads work on
-// their maps: together(first pair, how many).
-inline int64_t threads() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
-inline int64_t maps_needed(int64_t pairs) { return std::min(pairs, threads()); }
+// thread takes its own, one after the other: alone(pair, number of its map, below `threads`). It waits for no other
+// thread then and reads no map out of another's caches, which may be far. Fewer pairs than threads are left over, and
+// all threads work on their maps: together(first pair, how many).
 template <typename Alone, typename Together>
-inline void by_turns(int64_t pairs, const Alone& alone, const Together& together) {
-  const int64_t rest = pairs % threads();
+inline void by_turns(int64_t pairs, int64_t threads, const Alone& alone, const Together& together) {
+  const int64_t rest = pairs % threads;
   std::atomic<int64_t> taken{0};
   if (pairs > rest)
     torch::stable::parallel_for(0, pairs - rest, 1, [&](int64_t from, int64_t to) {
-      for (const int64_t map = taken++; from < to; ++from) alone(from, map);
+      const int64_t map = taken++;
+      STD_TORCH_CHECK(map < threads, "work was handed out to more than ", threads, " threads");
+      for (; from < to; ++from) alone(from, map);
     });
   if (rest > 0) together(pairs - rest, rest);
 }
@@ -110,7 +112,8 @@ inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shap
     together(0, all);
     return out;
   }
-  Tensor room = room_for(value, maps_needed(all) * bytes);
+  const int64_t threads = count_threads();
+  Tensor room = room_for(value, std::min(all, threads) * bytes);
   f.packed = start_of(room);
   auto alone = [&](int64_t pair, int64_t map) {
     Forward own = f;
@@ -118,7 +121,7 @@ inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shap
     pack(own, 0, rows);
     run(own, 0, chunks);
   };
-  by_turns(all, alone, together);
+  by_turns(all, threads, alone, together);
   return out;
 }
 
@@ -165,8 +168,8 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
     together(0, all);
     return {grad_value, grad_positions, grad_weights};
   }
-  const int64_t floats = b.parts * b.map();
-  Tensor room = room_for(value, maps_needed(all) * 4 * floats);
+  const int64_t floats = b.parts * b.map(), threads = count_threads();
+  Tensor room = room_for(value, std::min(all, threads) * 4 * floats);
   b.maps = static_cast<float*>(start_of(room));
   auto alone = [&](int64_t pair, int64_t map) {
     Backward own = b;
@@ -174,7 +177,7 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
     run(own, 0, b.parts);
     collect(own, 0, p.pixels);
   };
-  by_turns(all, alone, together);
+  by_turns(all, threads, alone, together);
   return {grad_value, grad_positions, grad_weights};
 }
 
