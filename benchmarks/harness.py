@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
-from accel.benchmarks.timing import Clock, Contender, Effort, Timing, measure
+from accel.benchmarks._timing import Clock, Contender, Effort, Timing, measure
 from accel.testing import TOLERANCES, Tolerance
 
 OURS = "accel"

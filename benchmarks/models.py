@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import accel
 from accel.benchmarks import _detectors
 from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
+from accel.benchmarks._timing import Clock, Contender, Effort, measure
 from accel.benchmarks._torchvision import allow_import
 from accel.benchmarks.harness import (
     OURS,
@@ -27,7 +28,6 @@ from accel.benchmarks.harness import (
     one_line,
     relative_rms,
 )
-from accel.benchmarks.timing import Clock, Contender, Effort, measure
 from accel.testing import TOLERANCES
 
 NAME = "models"

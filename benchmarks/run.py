@@ -17,8 +17,8 @@ import torch
 
 from accel.benchmarks import deform_conv2d, models, ms_deform_attn, report, softmax_attention, window_attention
 from accel.benchmarks._machine import Load, device_name, environment, measure_ceilings, pin_allocator
+from accel.benchmarks._timing import FULL, NORMAL, QUICK, Clock, Effort, make_clock
 from accel.benchmarks.harness import Case, Goal, Row, UnavailableError, one_line, run_case
-from accel.benchmarks.timing import FULL, NORMAL, QUICK, Clock, Effort, make_clock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EFFORTS = {"quick": QUICK, "normal": NORMAL, "full": FULL}

@@ -20,17 +20,17 @@ from torch import Tensor
 import accel
 from accel.benchmarks import (
     _machine,
+    _timing,
     harness,
     models,
     ms_deform_attn,
     report,
     run,
     softmax_attention,
-    timing,
     window_attention,
 )
+from accel.benchmarks._timing import Contender, Effort, Sample
 from accel.benchmarks.harness import Case, Cost, Goal, Provider, Row
-from accel.benchmarks.timing import Contender, Effort, Sample
 from accel.ops.softmax_attention import OP
 
 CEILINGS = _machine.Ceilings(((1 << 20, 4e9), (1 << 30, 1e9)), {"fp32": 1e9, "bf16": 2e9})
@@ -92,7 +92,7 @@ def _provider(name: str, function: Callable[..., Tensor]) -> Provider:
     return Provider(name, lambda: function, lambda *inputs: "fake")
 
 
-def _rows(case: Case, clock: timing.Clock | None = None) -> list[Row]:
+def _rows(case: Case, clock: _timing.Clock | None = None) -> list[Row]:
     groups = harness.run_case(case, device="cpu", clock=clock or FakeClock(), effort=EFFORT, ceilings=CEILINGS)
     return [row for rows in groups for row in rows]
 
@@ -102,13 +102,13 @@ def _rows(case: Case, clock: timing.Clock | None = None) -> list[Row]:
 
 def test_quantiles_interpolate() -> None:
     values = [5.0, 1.0, 3.0, 2.0, 4.0]
-    assert [timing.quantile(values, q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])
-    assert timing.quantile([7.0], 0.8) == 7.0
+    assert [_timing.quantile(values, q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])
+    assert _timing.quantile([7.0], 0.8) == 7.0
 
 
 def test_providers_run_round_robin() -> None:
     clock = FakeClock()
-    found = timing.measure(_contenders("a", "b", "c"), clock, EFFORT)
+    found = _timing.measure(_contenders("a", "b", "c"), clock, EFFORT)
     assert clock.warmed == ["a", "b", "c"]
     assert clock.order == ["a", "b", "c"] * 3
     assert [t.samples for t in found.values()] == [3, 3, 3]
@@ -117,23 +117,23 @@ def test_providers_run_round_robin() -> None:
 
 def test_a_wide_row_is_measured_again_at_most_twice_and_the_calmest_attempt_counts() -> None:
     effort = Effort(warmup=0, rounds=3, seconds=0.0, most=3, retries=2)
-    calm = timing.measure(_contenders("a"), FakeClock({"a": [1, 5, 9, 2.0, 2.0, 2.1]}), effort)["a"]
+    calm = _timing.measure(_contenders("a"), FakeClock({"a": [1, 5, 9, 2.0, 2.0, 2.1]}), effort)["a"]
     assert (calm.attempts, calm.p50) == (2, 2.0)
     clock = FakeClock({"a": [1, 5, 9, 3, 4, 5, 1, 6, 30]})
-    wild = timing.measure(_contenders("a"), clock, effort)["a"]
+    wild = _timing.measure(_contenders("a"), clock, effort)["a"]
     assert (len(clock.order), wild.attempts, wild.p50) == (9, 3, 4)
 
 
 def test_a_row_goes_on_until_it_has_rounds_and_stops_at_most() -> None:
     forever = Effort(warmup=0, rounds=2, seconds=1e9, most=5, retries=0)
-    assert timing.measure(_contenders("a"), FakeClock(), forever)["a"].samples == 5
+    assert _timing.measure(_contenders("a"), FakeClock(), forever)["a"].samples == 5
 
 
 def test_rounds_count_in_which_the_machine_was_steady_before_and_after() -> None:
     effort = Effort(warmup=0, rounds=3, seconds=0.0, most=100, retries=0)
     times = {"a": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], "b": [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]}
     looks = [1.0, 1.1, 1.6, 1.0, 1.2, 1.0]  # rounds 2 and 3 are between a steady look and one that was not
-    found = timing.measure(_contenders("a", "b"), FakeClock(times, looks), effort)
+    found = _timing.measure(_contenders("a", "b"), FakeClock(times, looks), effort)
     assert [(t.samples, t.left_out, "steady" in t.disturbed) for t in found.values()] == [(3, 2, False)] * 2
     assert (found["a"].p50, found["b"].p50) == (4.0, 40.0)  # of rounds 1, 4 and 5
 
@@ -141,8 +141,8 @@ def test_rounds_count_in_which_the_machine_was_steady_before_and_after() -> None
 def test_all_rounds_count_where_too_few_were_steady_and_the_row_says_so() -> None:
     effort = Effort(warmup=0, rounds=3, seconds=0.0, most=100, retries=0)
     clock = FakeClock({"a": [1.0, 2.0, 3.0]}, [1.0, 1.0, 1.6])
-    found = timing.measure(_contenders("a"), clock, effort)["a"]
-    assert (found.samples, found.left_out) == (3 * timing.PATIENCE, 0)
+    found = _timing.measure(_contenders("a"), clock, effort)["a"]
+    assert (found.samples, found.left_out) == (3 * _timing.PATIENCE, 0)
     assert "the machine was steady in 1 of 12 rounds" in found.disturbed
     assert found.p50 == 3.0
 
@@ -153,7 +153,7 @@ def test_the_pace_is_the_least_time_of_the_same_work_on_all_threads() -> None:
     assert 0 < pace.least <= pace.now()
     pace.least = 1e9
     assert pace.now() == pace.least < 1e9
-    assert timing.CpuClock().slowness() >= 1.0
+    assert _timing.CpuClock().slowness() >= 1.0
 
 
 def test_one_thread_is_timed_beside_all_of_them() -> None:
@@ -165,7 +165,7 @@ def test_one_thread_is_timed_beside_all_of_them() -> None:
 
     def rows() -> dict[str, Row]:
         providers = (_provider("accel", function), harness.one_thread(lambda: function, lambda *inputs: "fake"))
-        return {row.provider: row for row in _rows(_case(*providers, modes=["forward"]), timing.CpuClock())}
+        return {row.provider: row for row in _rows(_case(*providers, modes=["forward"]), _timing.CpuClock())}
 
     assert rows()["one thread"].reason == "the process has no more than one thread"
     torch.set_num_threads(2)
@@ -176,16 +176,16 @@ def test_one_thread_is_timed_beside_all_of_them() -> None:
 
 def test_load_from_others_marks_a_row() -> None:
     starved = [Sample(1.0, 0.5, 0.5)]
-    assert "had a core 50% of the time" in timing._disturbance(starved, 0.0, "cpu")
+    assert "had a core 50% of the time" in _timing._disturbance(starved, 0.0, "cpu")
     busy = _machine.cores() + 1.0
-    assert f"others used {busy:.1f} cores" in timing._disturbance([Sample(1.0, 1.0, 1.0)], busy, "cpu")
-    assert timing._disturbance([Sample(1.0, 1.0, 1.0)], 0.0, "cpu") == ""
+    assert f"others used {busy:.1f} cores" in _timing._disturbance([Sample(1.0, 1.0, 1.0)], busy, "cpu")
+    assert _timing._disturbance([Sample(1.0, 1.0, 1.0)], 0.0, "cpu") == ""
 
 
 def test_the_cpu_clock_times_the_call_and_not_its_preparation() -> None:
     order: list[str] = []
     slow = Contender("a", lambda: order.append("call"), lambda: (order.append("prepare"), sum(range(10**6))))
-    sample = timing.CpuClock().time(slow)
+    sample = _timing.CpuClock().time(slow)
     assert order == ["prepare", "call"]
     assert 0 < sample.wall < 0.005
 
@@ -281,7 +281,7 @@ def test_a_rival_that_cannot_be_built_is_a_reason_and_the_rest_goes_on() -> None
 
 
 def test_backward_alone_times_the_gradient_and_is_right() -> None:
-    rows = _rows(_case(_provider("accel", lambda x, y: x * y), modes=["backward"]), timing.CpuClock())
+    rows = _rows(_case(_provider("accel", lambda x, y: x * y), modes=["backward"]), _timing.CpuClock())
     assert (rows[0].status, rows[0].samples) == ("ok", 3)
 
 
