@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
 from accel.benchmarks._timing import Clock, Contender, Effort, Timing, measure
-from accel.testing import TOLERANCES, Tolerance
+from accel.testing import TOLERANCES, Tolerance, threads
 
 OURS = "accel"
 ONE_THREAD = "one thread"  # ours again, to see what more threads gain
@@ -233,16 +232,6 @@ def _slack(provider: Provider) -> float:
 # --- a case becomes rows ---
 
 
-@contextmanager
-def _on_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _contender(
     provider: Provider, mode: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> Contender:
@@ -263,7 +252,7 @@ def _contender(
         return torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
 
     def on_its_threads() -> object:
-        with _on_threads(provider.threads):
+        with threads(provider.threads):
             return call()
 
     call = {"forward": forward, "backward": backward, "forward+backward": both}[mode]
