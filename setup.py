@@ -40,6 +40,7 @@ X86_LEVELS = [
     ("avx512_bf16", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"]),
 ]
 CUDA_ARCHS = ("80", "90", "100")
+OWN_INSTRUCTIONS = ("90",)  # kernels use what only this one has, wgmma; its PTX is without, as later devices run it
 
 
 class Cuda(NamedTuple):
@@ -73,8 +74,10 @@ class Cuda(NamedTuple):
         targets = []
         for arch in self.archs().split(";"):
             number = arch.removesuffix("+PTX")
-            code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
-            targets.append(f"'-gencode=arch=compute_{number},code={code}'")
+            own = f"{number}a" if number in OWN_INSTRUCTIONS else number
+            targets.append(f"'-gencode=arch=compute_{own},code=sm_{own}'")
+            if arch.endswith("+PTX"):
+                targets.append(f"'-gencode=arch=compute_{number},code=compute_{number}'")
         flags = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xcompiler", host.replace(" ", ","), *targets]
         return f"{self.nvcc} -MD -MF $out.d {' '.join(flags)} -c $in -o $out"
 

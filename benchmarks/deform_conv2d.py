@@ -6,6 +6,7 @@ convolution of that shape, and the bare product of its weight with a matrix of c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,9 @@ from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, Una
 from accel.ops.deform_conv2d import OP
 
 NAME = "deform_conv2d"
-PROVIDERS = ("accel", ONE_THREAD, "torchvision", "conv2d", "matmul")
+ON_A_GPU = ("triton", "cuda")
+"""Backends that are measured beside the one chosen."""
+PROVIDERS = ("accel", ONE_THREAD, *ON_A_GPU, "torchvision", "conv2d", "matmul")
 TAPS = 9
 Function = Callable[..., Tensor]
 
@@ -129,6 +132,7 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], n
     providers = [
         Provider("accel", ours, _backend),
         *([one_thread(ours, _backend)] if device == "cpu" else []),
+        *(Provider(name, functools.partial(ours, name)) for name in ON_A_GPU if device == "cuda"),
         Provider("torchvision", _torchvision),
         Provider("conv2d", lambda: conv2d, computes=conv2d),
     ]

@@ -12,10 +12,12 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 SHIM = ROOT / "csrc" / "testing"
 BUILD = ROOT / "build" / "cuda_host"
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = {80: "80", 90: "90a", 100: "100"}  # and what nvcc is told
 
 FLAGS = "-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off"
 MODES = {
@@ -91,6 +93,62 @@ def build(sources: Sequence[Path], mode: str, defines: Sequence[str] = ()) -> Pa
         if old != target:
             old.unlink(missing_ok=True)
     return target
+
+
+def binding(op: str, sources: Sequence[Path], defines: Sequence[str] = ()) -> Path:
+    """A library with the CUDA binding of ``op`` over its kernels on the CPU, for ``call_ops``."""
+    from torch.utils.cpp_extension import include_paths
+
+    name, folder = compiler(), ROOT / "csrc" / "cuda"
+    files = [folder / f"{op}.cpp", *sources, folder / "_layout.cu", SHIM / "runtime.cpp", SHIM / "device.cpp"]
+    target_version = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())
+    assert target_version is not None
+    data = [path.read_bytes() for path in files]
+    key = _digest(_shared_sources(), *data, name.encode(), torch.__version__.encode(), repr(defines).encode())
+    target = BUILD / f"binding-{op}-{key}.so"
+    if target.exists():
+        return target
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+        objects = []
+        for source in files:
+            objects.append(Path(scratch) / f"{source.name}.o")
+            flags = ["-DACCEL_HOST_CUDA", f"-I{ROOT / 'csrc'}", "-fPIC", *defines]
+            if source == files[0]:
+                flags += [f"-DTORCH_TARGET_VERSION={target_version[1]}", "-DTORCH_STABLE_ONLY"]
+                flags += [word for path in include_paths() for word in ("-isystem", path)]
+            _run([name, *FLAGS.split(), *flags, "-x", "c++", "-c", source, "-o", objects[-1]])
+        made = Path(scratch) / "binding.so"
+        libraries = Path(torch.__file__).parent / "lib"
+        _run([name, "-shared", *objects, f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-o", made])
+        made.replace(target)
+    for old in BUILD.glob(f"binding-{op}-*.so"):
+        if old != target:
+            old.unlink(missing_ok=True)
+    return target
+
+
+_CALL = """
+import sys, torch
+library, call, result = sys.argv[1:]
+calls = torch.load(call)
+native = torch.library.Library("accel_native", "DEF")
+for schema in {schema for schema, _ in calls}:
+    native.define(schema.removeprefix("accel_native::"))
+torch.ops.load_library(library)
+names = [schema.split("(")[0].removeprefix("accel_native::") for schema, _ in calls]
+torch.save([getattr(torch.ops.accel_native, name)(*args) for name, (_, args) in zip(names, calls)], result)
+"""
+
+
+def call_ops(library: Path, calls: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+    """Results of calls of native ops, each a schema and its arguments, by ``library`` in a process of its own."""
+    with tempfile.TemporaryDirectory() as scratch:
+        call, result = Path(scratch) / "call", Path(scratch) / "result"
+        torch.save(list(calls), call)
+        _run([sys.executable, "-c", _CALL, library, call, result])
+        done: list[Any] = torch.load(result)
+        return done
 
 
 @dataclass
@@ -210,7 +268,7 @@ def nvcc(source: Path, flags: Sequence[str] = ()) -> list[Usage]:
         with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
             command = [name, "-std=c++20", "-O3", "-c", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
             command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'csrc'}", *flags]
-            command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+            command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES.values()]
             text = _run([*command, source, "-o", Path(scratch) / "object.o"])
             made = Path(scratch) / "report"
             made.write_text(text)

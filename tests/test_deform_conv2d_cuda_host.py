@@ -25,11 +25,11 @@ class Params(ctypes.Structure):
     """csrc/cuda/deform_conv2d.h"""
 
     _fields_ = [
-        *[(name, ctypes.c_void_p) for name in ("grad_col", "input", "offset", "mask")],
+        *[(name, ctypes.c_void_p) for name in ("columns", "input", "offset", "mask")],
         *[(name, ctypes.c_void_p) for name in ("grad_input", "grad_offset", "grad_mask", "scratch")],
         ("scratch_bytes", ctypes.c_int64),
         *[(name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "out_height", "out_width")],
-        *[(name, ctypes.c_int32) for name in ("groups", "dtype")],
+        *[(name, ctypes.c_int32) for name in ("groups", "dtype", "sample")],
         *[(name, ctypes.c_int32 * 2) for name in ("kernel", "stride", "padding", "dilation")],
     ]
 
@@ -38,6 +38,7 @@ class Grads(NamedTuple):
     input: Tensor  # (N, H, W, C)
     offset: Tensor
     mask: Tensor
+    columns: Tensor  # as they are left
 
 
 class Call(NamedTuple):
@@ -77,7 +78,8 @@ def columns(image: Tensor, offset: Tensor, mask: Tensor | None, args: Args) -> T
     return samples.reshape(n, c, taps, ho * wo).permute(0, 3, 2, 1)
 
 
-def backward(call: Call, mode: str = "plain", needs: str = "iom", images: int | None = None, **options: Any) -> Grads:
+def backward(call: Call, mode: str = "plain", needs: str = "iomc", images: int | None = None, **options: Any) -> Grads:
+    """``needs``: first letters of the gradients, and c for the samples in place of ``columns``."""
     args = call.args
     n, h, w, c = call.image.shape
     kernel, (ho, wo) = tuple(args.weight.shape[2:]), args.offset.shape[2:]
@@ -87,9 +89,9 @@ def backward(call: Call, mode: str = "plain", needs: str = "iom", images: int | 
     params = Params(
         batch=n, height=h, width=w, channels=c, out_height=ho, out_width=wo, groups=groups,
         dtype=host.DTYPES.index(call.image.dtype), kernel=kernel, stride=tuple(args.stride),
-        padding=tuple(args.padding), dilation=tuple(args.dilation), scratch_bytes=scratch.numel(),
+        padding=tuple(args.padding), dilation=tuple(args.dilation), scratch_bytes=scratch.numel(), sample="c" in needs,
     )  # fmt: skip
-    tensors = {"grad_col": call.grad_col, "input": call.image, "offset": args.offset, "scratch": scratch}
+    tensors = {"columns": call.grad_col, "input": call.image, "offset": args.offset, "scratch": scratch}
     wanted = {"input": call.image, "offset": args.offset}
     if args.mask is not None:
         tensors["mask"] = wanted["mask"] = args.mask
@@ -98,7 +100,8 @@ def backward(call: Call, mode: str = "plain", needs: str = "iom", images: int | 
             tensors[f"grad_{name}"] = torch.full_like(like, float("nan"))
     ran = host.run(host.program(SOURCE, mode), "accel_deform_conv2d_backward", params, tensors, **options)
     assert ran.code == 0, ran.report
-    return Grads(*(ran.buffers.get(f"grad_{name}", torch.empty(0)) for name in Grads._fields))
+    grads = (ran.buffers.get(f"grad_{name}", torch.empty(0)) for name in Grads._fields[:-1])
+    return Grads(*grads, ran.buffers["columns"])
 
 
 def check(of: Case, dtype: torch.dtype, mode: str = "plain", **options: Any) -> None:
@@ -108,6 +111,8 @@ def check(of: Case, dtype: torch.dtype, mode: str = "plain", **options: Any) -> 
     out = columns(leaves["input"], leaves["offset"], leaves.get("mask"), call.args)
     grads = torch.autograd.grad(out, list(leaves.values()), call.grad_col.double())
     got = backward(call, mode, **options)
+    # a sample's sum in fp32, rounded once
+    assert_close(got.columns, out.detach(), of.family if of.family == "exact" else "sample", dtype, "columns")
     for name, e in zip(leaves, grads, strict=True):
         # a sum of products of rounded inputs in fp32; only grad_input is rounded to the dtype of input
         family = of.family if of.family == "exact" else "sample"
@@ -156,13 +161,15 @@ def test_races() -> None:
     check(case("tiny", (16, 4), (2, 3), offset_groups=2, batch=1, **P1), torch.float32, "tsan", seed=1)
 
 
-@pytest.mark.parametrize("needs", ["i", "o", "m", "om", ""])
+@pytest.mark.parametrize("needs", ["i", "o", "m", "om", "c", "ic", ""])
 def test_only_what_is_wanted_is_computed(needs: str) -> None:
     call = prepared(case("small", (8, 4), (5, 6), **P1), torch.float32)
     full = backward(call)
     for name, a, e in zip(Grads._fields, backward(call, needs=needs), full, strict=True):
         if name[0] in needs:
             assert_same(a, e, name)
+        elif name == "columns":
+            assert_same(a, call.grad_col, name)
         else:
             assert a.numel() == 0
 

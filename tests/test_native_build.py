@@ -86,7 +86,8 @@ def test_architectures(setup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     command = older.compile("-fPIC -fvisibility=hidden")
     assert re.findall(r"'-gencode=arch=(\S+)'", command) == [
         "compute_86,code=sm_86",
-        "compute_90,code=[sm_90,compute_90]",
+        "compute_90a,code=sm_90a",
+        "compute_90,code=compute_90",
     ]
     assert "-Xcompiler -fPIC,-fvisibility=hidden " in command
     assert older.define() == """-DACCEL_CUDA_ARCHS='"86;90+PTX"'"""

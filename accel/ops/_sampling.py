@@ -12,7 +12,8 @@ from torch import Tensor
 
 from accel import dispatch
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 def inner_dtype(x: Tensor) -> torch.dtype:

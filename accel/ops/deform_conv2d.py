@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from accel import dispatch, library
 from accel.ops import _sampling
-from accel.ops._sampling import KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
+from accel.ops._sampling import HALF_DTYPES, KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
 
 
 class Args(NamedTuple):
@@ -108,6 +109,33 @@ def _why_not_cpu(args: Args) -> str | None:
 
 def _why_not_triton(args: Args) -> str | None:
     return _sampling.why_not_triton("deform_conv2d", args)
+
+
+CUDA_CHANNELS = 64  # as csrc/cuda/_product.cuh is deep
+
+
+def _why_not_cuda(args: Args) -> str | None:
+    n, channels, height, width = args.input.shape
+    out_channels, per_group, kh, kw = args.weight.shape
+    outputs, offset_groups = args.offset.shape[2] * args.offset.shape[3], args.offset.shape[1] // (2 * kh * kw)
+    sizes = {"batch": n, "pixels": height * width, "heads": offset_groups, "channels": channels // offset_groups}
+    reason = _sampling.why_not_cuda(args.input, sizes, outputs, kh * kw)
+    if reason is not None:
+        return reason
+    if args.input.dtype == torch.float32:
+        return "it computes bfloat16 and float16, not torch.float32"
+    if per_group % CUDA_CHANNELS or channels // offset_groups % CUDA_CHANNELS:
+        return (
+            f"it takes input channels in multiples of {CUDA_CHANNELS}, not {per_group} of a weight group and "
+            f"{channels // offset_groups} of an offset group"
+        )
+    if out_channels // (channels // per_group) % 8:
+        return f"it takes output channels in multiples of 8, not {out_channels // (channels // per_group)} of a group"
+    if max(n, 1) * max((height + 1) * width * (channels // 8), 2 * args.offset.shape[1] * outputs) >= 2**31:
+        return f"{tuple(args.input.shape)=} and {tuple(args.offset.shape)=} are more than it can number"
+    if torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        return "its backward needs cuBLAS, which torch's deterministic mode refuses without CUBLAS_WORKSPACE_CONFIG"
+    return None
 
 
 _native = dispatch.native("deform_conv2d")
@@ -348,6 +376,8 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            # behind until it has been measured; only half precision, only where nvcc was at build time
+            dispatch.Backend("cuda", _why_not_cuda, *_native, frozenset({"cuda"}), HALF_DTYPES, extra=True),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

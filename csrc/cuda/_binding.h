@@ -11,9 +11,11 @@
 #include "../check.h"
 #include "_runtime.h"
 
+#ifndef ACCEL_HOST_CUDA
 // Only a CUDA build of torch has it. Weak, so that the same binary loads on a CPU build, where nothing calls it.
 extern "C" __attribute__((weak, visibility("default"))) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
 
 namespace accel {
 
@@ -25,6 +27,18 @@ constexpr int64_t scratch_at_once = int64_t{256} << 20;  // bytes, if that is en
 inline void check_launch(int error, const char* what) {
   STD_TORCH_CHECK(error == 0, what, ": CUDA error ", error, ", ", accel_cuda_text(error));
 }
+
+#ifdef ACCEL_HOST_CUDA  // a test's build, over kernels that run on the CPU
+#define ACCEL_KERNELS_ARE_ON CPU
+inline bool where_kernels_run(const Tensor& x) { return x.is_cpu(); }
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor&) {}
+  void* stream() const { return nullptr; }
+};
+#else
+#define ACCEL_KERNELS_ARE_ON CUDA
+inline bool where_kernels_run(const Tensor& x) { return x.is_cuda(); }
 
 // The device of a tensor and its current stream, for as long as this lives.
 class OnDevice {
@@ -39,7 +53,7 @@ class OnDevice {
 
  private:
   static int32_t index_of(const Tensor& x) {
-    STD_TORCH_CHECK(x.is_cuda(), "the first tensor must be on a GPU as the others");
+    STD_TORCH_CHECK(where_kernels_run(x), "the first tensor must be on a GPU as the others");
     return x.get_device_index();
   }
 
@@ -47,8 +61,10 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
+#endif
+
 inline void check_cuda(const Tensor& x, const char* name, const Tensor& main) {
-  STD_TORCH_CHECK(x.is_cuda() && x.is_contiguous() && x.get_device_index() == main.get_device_index(), name,
+  STD_TORCH_CHECK(where_kernels_run(x) && x.is_contiguous() && x.get_device_index() == main.get_device_index(), name,
                   " must be a contiguous tensor on the GPU of the first one");
 }
 

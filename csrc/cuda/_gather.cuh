@@ -10,6 +10,7 @@
 namespace accel {
 
 constexpr unsigned all_lanes = 0xffffffffu;
+constexpr int64_t int_most = (int64_t{1} << 31) - 1;
 
 // --- channels: N neighbouring elements of a row, read at once, computed on in fp32 ---
 
@@ -27,6 +28,18 @@ __device__ __forceinline__ T narrow(float x) {
     return __float2bfloat16_rn(x);
 }
 
+// Two elements of two bytes, the first in the low half.
+template <class T>
+__device__ __forceinline__ unsigned pair_of(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 two = __floats2half2_rn(x, y);
+    return *reinterpret_cast<const unsigned*>(&two);
+  } else {
+    __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+    return *reinterpret_cast<const unsigned*>(&two);
+  }
+}
+
 template <class T>
 constexpr int vector_size = 16 / int(sizeof(T));
 
@@ -35,10 +48,12 @@ struct Channels {
   static_assert(N == vector_size<T>);
   uint4 raw;
 
-  // Zeros where not `valid`, without an access.
+  // Zeros where not `valid`, without an access. `Changes`: the kernel also writes there.
+  template <bool Changes = false>
   __device__ __forceinline__ static Channels load(const T* p, bool valid) {
     Channels c{make_uint4(0, 0, 0, 0)};
-    if (valid) c.raw = __ldg(reinterpret_cast<const uint4*>(p));
+    auto* from = reinterpret_cast<const uint4*>(p);
+    if (valid) c.raw = Changes ? *from : __ldg(from);
     return c;
   }
 
@@ -71,15 +86,10 @@ struct Channels {
     unsigned words[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (sizeof(T) == 4) {
+      if constexpr (sizeof(T) == 4)
         words[i] = __float_as_uint(x[i]);
-      } else if constexpr (std::is_same_v<T, __half>) {
-        __half2 two = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-        words[i] = *reinterpret_cast<const unsigned*>(&two);
-      } else {
-        __nv_bfloat162 two = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
-        words[i] = *reinterpret_cast<const unsigned*>(&two);
-      }
+      else
+        words[i] = pair_of<T>(x[2 * i], x[2 * i + 1]);
     }
     *reinterpret_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
   }
@@ -89,9 +99,10 @@ template <class T>
 struct Channels<T, 1> {
   T raw;
 
+  template <bool Changes = false>
   __device__ __forceinline__ static Channels load(const T* p, bool valid) {
     Channels c{narrow<T>(0.f)};
-    if (valid) c.raw = __ldg(p);
+    if (valid) c.raw = Changes ? *p : __ldg(p);
     return c;
   }
   __device__ __forceinline__ void widen_to(float (&x)[1]) const { x[0] = widen(raw); }

@@ -143,10 +143,12 @@ __global__ void __launch_bounds__(threads, 8)
 }
 
 // Gradients of positions and weights: all follow from the four products of the gradient with the corners, which the
-// lanes of a group add up in a fixed order.
-template <class T, int N, class Source>
-__global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ Source source, Split split,
-                                                       int tiles, const T* map, const T* grad_out, GradRows strides) {
+// lanes of a group add up in a fixed order. With `Keep` each gradient is then replaced by its weighted sample, of a
+// source whose scales are 1.
+template <class T, int N, bool Keep, class Source>
+__global__ void __launch_bounds__(threads, Keep ? 4 : 5)
+    backward(const __grid_constant__ Source source, Split split, int tiles, const T* map,
+             std::conditional_t<Keep, T*, const T*> grad_out, GradRows strides) {
   ACCEL_SHARED(int4, corners, [warps][at_once]);
   ACCEL_SHARED(float4, parts, [warps][at_once]);
   ACCEL_SHARED(float, results, [3][warps][at_once]);
@@ -158,10 +160,10 @@ __global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ S
   int stride = n.heads * n.channels;
   bool valid = row < rows;
   const T* pixels = pixels_of(map, n, valid ? row : 0);
-  const T* grads = grad_out + (valid ? row / n.heads * strides.query + row % n.heads * n.channels : 0);
-  bool same = tiles == 1 && strides.point == 0;  // one gradient for all points
-  float grad[N];
-  Channels<T, N>::load(grads + share.sub * N, valid && share.sub * N < n.channels).widen_to(grad);
+  auto* grads = grad_out + (valid ? row / n.heads * strides.query + row % n.heads * n.channels : 0);
+  bool same = !Keep && tiles == 1 && strides.point == 0;  // one gradient for all points
+  float grad[N] = {};
+  if (same) Channels<T, N>::load(grads + share.sub * N, valid && share.sub * N < n.channels).widen_to(grad);
   begin_rows(source, share, split, begun[warp]);
   for (int begin = 0; begin < n.points; begin += share.chunk) {
     int count = min(share.chunk, n.points - begin);
@@ -190,8 +192,8 @@ __global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ S
       for (int tile = 0; tile < tiles; ++tile) {
         int channel = (tile * split.lanes + share.sub) * N;
         bool active = valid && some && channel < n.channels;
-        const T* from = grads + (begin + first + share.part) * strides.point + channel;
-        if (!same) Channels<T, N>::load(from, active).widen_to(grad);
+        auto* from = grads + (begin + first + share.part) * strides.point + channel;
+        if (!same) Channels<T, N>::template load<Keep>(from, active).widen_to(grad);
         Channels<T, N> corner[4] = {
             Channels<T, N>::load(pixels + int64_t{at.x} * stride + channel, at.x >= 0 && active),
             Channels<T, N>::load(pixels + int64_t{at.y} * stride + channel, at.y >= 0 && active),
@@ -203,6 +205,14 @@ __global__ void __launch_bounds__(threads, 5) backward(const __grid_constant__ S
           corner[j].widen_to(x);
 #pragma unroll
           for (int k = 0; k < N; ++k) dot[j] += grad[k] * x[k];
+        }
+        if constexpr (Keep) {
+          float above = part.z * (1.f - part.x), below = part.z * part.x, sample[N] = {};
+          corner[0].add_to(sample, above * (1.f - part.y));
+          corner[1].add_to(sample, above * part.y);
+          corner[2].add_to(sample, below * (1.f - part.y));
+          corner[3].add_to(sample, below * part.y);
+          if (active) Channels<T, N>::store(from, sample);
         }
       }
       float down = part.x, right = part.y, up = 1.f - down, left = 1.f - right;
@@ -250,8 +260,6 @@ struct Samples {
 
 // --- on the host ---
 
-constexpr int64_t int_most = (int64_t{1} << 31) - 1;
-
 // One int each for a pixel, a sample of a head, a query beside its level, a stride between pixels, a segment.
 inline bool rows_fit(const Rows& n) {
   if (n.batch < 0 || n.queries < 0 || n.points < 0 || n.pixels < 1 || n.heads < 1 || n.channels < 1) return false;
@@ -275,19 +283,21 @@ cudaError_t sum_samples(const Source& source, const T* map, T* out, cudaStream_t
                                                      : go(points::forward<T, 1, Source>, 1);
 }
 
-template <class T, class Source>
-cudaError_t grad_points(const Source& source, const T* map, const T* grad_out, GradRows strides, cudaStream_t stream) {
+// `grads` const, or to be replaced by the weighted samples.
+template <class T, class Grads, class Source>
+cudaError_t grad_points(const Source& source, const T* map, Grads* grads, GradRows strides, cudaStream_t stream) {
+  constexpr bool keep = !std::is_const_v<Grads>;
   const Rows& n = source.n;
   if (n.count() == 0 || n.points == 0) return cudaSuccess;
   auto go = [&](auto kernel, int vector) {
     Groups groups = groups_for(n.channels, vector);
     points::Split split = points::split_for(n, groups.lanes);
     dim3 grid(blocks_for(n.count(), points::threads / split.all()));
-    return launch(kernel, grid, dim3(points::threads), 0, stream, source, split, groups.tiles, map, grad_out, strides);
+    return launch(kernel, grid, dim3(points::threads), 0, stream, source, split, groups.tiles, map, grads, strides);
   };
   constexpr int vector = vector_size<T>;
-  return rows_are_vectors<T>(n.channels, {map, grad_out}) ? go(points::backward<T, vector, Source>, vector)
-                                                          : go(points::backward<T, 1, Source>, 1);
+  return rows_are_vectors<T>(n.channels, {map, grads}) ? go(points::backward<T, vector, keep, Source>, vector)
+                                                       : go(points::backward<T, 1, keep, Source>, 1);
 }
 
 // The gradient of the map, where each query sends one row of grad_out.

@@ -13,3 +13,9 @@ extern "C" int accel_cuda_probe(int device) {
 }
 
 extern "C" const char* accel_cuda_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
+
+extern "C" int accel_cuda_processors(int device) {
+  int count = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return error == cudaSuccess && count > 0 ? count : 1;
+}

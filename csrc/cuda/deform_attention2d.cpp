@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor input, Tenso
 }  // namespace
 }  // namespace accel::deform_attention2d
 
-STABLE_TORCH_LIBRARY_IMPL(accel_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(accel_native, ACCEL_KERNELS_ARE_ON, m) {
   m.impl("deform_attention2d_forward", TORCH_BOX(&accel::deform_attention2d::forward));
   m.impl("deform_attention2d_backward", TORCH_BOX(&accel::deform_attention2d::backward));
 }

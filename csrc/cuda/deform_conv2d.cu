@@ -74,7 +74,7 @@ bool read(const DeformConv2d& p, Source& s) {
   if (p.height < 1 || p.width < 1 || p.out_height < 1 || p.out_width < 1 || outputs > int_most || pixels > int_most)
     return false;
   if (p.kernel[0] < 1 || p.kernel[1] < 1 || taps > int_most || p.groups < 1 || p.channels % p.groups) return false;
-  if (outputs * taps >= (1 << (31 - level_bits))) return false;  // the number of a row of grad_col beside its level
+  if (outputs * taps >= (1 << (31 - level_bits))) return false;  // the number of a row of columns beside its level
   s.n = {p.batch, int(outputs), p.groups, p.channels / p.groups, int(pixels), int(taps)};
   s.maps = {1, int(pixels), {p.height, p.width, 0}, nullptr, nullptr};
   s.y_axis = {p.stride[0], p.padding[0], p.dilation[0]};
@@ -91,16 +91,21 @@ bool read(const DeformConv2d& p, Source& s) {
 template <class T>
 cudaError_t backward(const DeformConv2d& p, const Source& source, cudaStream_t stream) {
   const Rows& n = source.n;
-  auto* columns = static_cast<const T*>(p.grad_col);
+  auto* columns = static_cast<T*>(p.columns);
+  auto* input = static_cast<const T*>(p.input);
   int64_t of_output = int64_t{n.points} * p.channels;
+  GradRows rows{of_output, p.channels};
   cudaError_t error = cudaSuccess;
-  if (p.grad_offset || p.grad_mask)
-    error = grad_points(source, static_cast<const T*>(p.input), columns, GradRows{of_output, p.channels}, stream);
-  if (error != cudaSuccess || !p.grad_input) return error;
-  Segments all{n.batch, n.heads, n.queries * n.points, n.pixels};
-  Strides strides{n.queries * of_output, p.channels, n.channels};
-  return transpose_gather<T>(Columns{source, 0}, source.maps, all, columns, strides, static_cast<T*>(p.grad_input),
-                             n.channels, p.scratch, p.scratch_bytes, stream);
+  if (p.grad_input) {
+    Segments all{n.batch, n.heads, n.queries * n.points, n.pixels};
+    Strides strides{n.queries * of_output, p.channels, n.channels};
+    error = transpose_gather<T>(Columns{source, 0}, source.maps, all, columns, strides, static_cast<T*>(p.grad_input),
+                                n.channels, p.scratch, p.scratch_bytes, stream);
+  }
+  if (error != cudaSuccess) return error;
+  if (p.sample) return grad_points<T>(source, input, columns, rows, stream);  // last: it replaces the gradients
+  if (p.grad_offset || p.grad_mask) return grad_points<T>(source, input, static_cast<const T*>(columns), rows, stream);
+  return cudaSuccess;
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor value, Tenso
 }  // namespace
 }  // namespace accel::ms_deform_attn
 
-STABLE_TORCH_LIBRARY_IMPL(accel_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(accel_native, ACCEL_KERNELS_ARE_ON, m) {
   m.impl("ms_deform_attn_forward", TORCH_BOX(&accel::ms_deform_attn::forward));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&accel::ms_deform_attn::backward));
 }
