@@ -19,10 +19,10 @@ import torch
 
 import accel
 from accel import dispatch
-from accel.ops import _sampling, deform_attention2d, ms_deform_attn
+from accel.ops import _sampling, deform_attention2d, deform_conv2d, ms_deform_attn
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ("deform_attention2d", "ms_deform_attn")
+OPS = ("deform_attention2d", "deform_conv2d", "ms_deform_attn")
 
 
 # --- setup.py ---
@@ -243,6 +243,45 @@ def test_sizes_that_the_kernels_cannot_count_are_refused(
 ) -> None:
     why = _sampling.why_not_cuda(Fake(), {**SIZES, **change}, queries, points)
     assert why is None if words is None else f"fewer than {words}" in str(why)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, None),
+        ({"dtype": torch.float32}, "bfloat16 and float16, not torch.float32"),
+        (
+            {"weight": (64, 48, 3, 3), "input": (2, 48, 9, 8)},
+            "multiples of 64, not 48 of a weight group and 48 of an off",
+        ),
+        ({"offset": (2, 72, 9, 8)}, "multiples of 64, not 128 of a weight group and 32 of an offset group"),
+        ({"weight": (60, 128, 3, 3)}, "output channels in multiples of 8, not 60 of a group"),
+        ({"weight": (24, 64, 3, 3)}, "output channels in multiples of 8, not 12 of a group"),
+        ({"input": (2, 128, 2**13, 2**13)}, "more than it can number"),
+        ({"offset": (2**10, 18, 2**9, 2**9)}, None),
+        ({"offset": (2, 18, 2**12, 2**12)}, "more than it can number"),
+        ({"padding": [1, 2**30]}, "more than it can number"),
+    ],
+)
+@pytest.mark.usefixtures("gpu")
+def test_convolutions_that_the_kernel_does_not_take_are_refused(change: dict[str, Any], words: str | None) -> None:
+    sizes = {"input": (2, 128, 9, 8), "offset": (2, 18, 9, 8), "weight": (64, 128, 3, 3), **change}
+    dtype = sizes.pop("dtype", torch.bfloat16)
+    padding = sizes.pop("padding", [1, 1])
+    input, offset, weight = (Fake(*sizes[name], dtype=dtype) for name in ("input", "offset", "weight"))
+    why = deform_conv2d._why_not_cuda(deform_conv2d.Args(input, offset, weight, None, None, [1, 1], padding, [1, 1]))
+    assert why is None if words is None else words in str(why)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_deterministic_mode_refuses_products_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = (Fake(*size, dtype=torch.bfloat16) for size in ((2, 128, 9, 8), (2, 18, 9, 8), (64, 128, 3, 3)))
+    args = deform_conv2d.Args(*tensors, None, None, [1, 1], [1, 1], [1, 1])
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert "CUBLAS_WORKSPACE_CONFIG" in str(deform_conv2d._why_not_cuda(args))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    assert deform_conv2d._why_not_cuda(args) is None
 
 
 @pytest.mark.usefixtures("gpu")

@@ -131,8 +131,12 @@ def _why_not_cuda(args: Args) -> str | None:
         )
     if out_channels // (channels // per_group) % 8:
         return f"it takes output channels in multiples of 8, not {out_channels // (channels // per_group)} of a group"
-    if max(n, 1) * max((height + 1) * width * (channels // 8), 2 * args.offset.shape[1] * outputs) >= 2**31:
-        return f"{tuple(args.input.shape)=} and {tuple(args.offset.shape)=} are more than it can number"
+    vectors, shifts = (height + 1) * width * channels // 8, args.offset.shape[1] * outputs
+    padded = max(height + 2 * args.padding[0], width + 2 * args.padding[1])
+    if max(max(n, 1) * max(vectors, shifts), 16 * kh * kw * outputs, padded) >= 2**31:
+        return (
+            f"{tuple(args.input.shape)=}, {tuple(args.offset.shape)=} and {args.padding=} are more than it can number"
+        )
     if torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
         return "its backward needs cuBLAS, which torch's deterministic mode refuses without CUBLAS_WORKSPACE_CONFIG"
     return None

@@ -371,9 +371,10 @@ bool read(const DeformConv2dForward& p, Call& call) {
   int shared = p.channels / p.offset_groups;
   if (in_group % depth || shared % depth || out_group % 8) return false;
   int64_t steps = in_group / depth * taps;
-  if (pixels * max(p.batch, 1) > int_most || outputs > int_most || steps > int_most) return false;
-  if (2 * p.offset_groups * taps * outputs > int_most / max(p.batch, 1)) return false;
-  if (pixels * (p.channels / 8) > int_most / (max(p.batch, 1) + 1)) return false;  // and a line above the first
+  int64_t images = max(p.batch, 1), vectors = p.channels / 8;
+  if (outputs > int_most || steps > int_most || 2 * p.offset_groups * taps * outputs > int_most / images) return false;
+  if ((pixels + p.width) * vectors > int_most / images) return false;  // and a line above or below
+  if (p.height + 2 * int64_t{p.padding[0]} > int_most || p.width + 2 * int64_t{p.padding[1]} > int_most) return false;
   call = {p.height, p.width, p.channels, p.out_channels, p.out_height, p.out_width, int(outputs),
           in_group, out_group, shared, p.offset_groups, p.channels / 8, p.width * (p.channels / 8), 16u,
           int(taps), int(steps), (out_group + columns - 1) / columns, {p.kernel[0], p.kernel[1]},
