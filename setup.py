@@ -184,7 +184,7 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=["accel", "accel.nn", "accel.ops", "accel.patches", "accel.kernels", "accel.benchmarks"],
+    packages=["accel", "accel.nn", "accel.ops", "accel.patches", "accel.testing", "accel.kernels", "accel.benchmarks"],
     # A wheel takes these two from their real place, so it does not need the links in accel/.
     package_dir={"accel": "accel", "accel.kernels": "kernels", "accel.benchmarks": "benchmarks"},
     package_data={"accel": ["py.typed", "_build_log.txt"]},

@@ -174,7 +174,7 @@ def test_the_wheel_installs_accel_and_nothing_else(wheel):
 
 
 def test_the_wheel_holds_what_the_links_point_to(wheel):
-    expected = ["accel/py.typed", "accel/__main__.py", "accel/doctor.py", "accel/testing.py"]
+    expected = ["accel/py.typed", "accel/__main__.py", "accel/doctor.py", "accel/testing/checks.py"]
     expected += [f"accel/ops/{op}.py" for op in OPS]
     expected += [f"accel/nn/{path.name}" for path in (ROOT / "accel" / "nn").glob("*.py")]
     for folder in ("kernels", "benchmarks"):
