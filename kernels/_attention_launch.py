@@ -131,7 +131,6 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> Launch:
-    """A launch with those of the arguments that the kernel takes."""
+    """A launch over this tile."""
     arguments.update(BLOCK_M=tile.queries, BLOCK_N=tile.keys)
-    given = {name: arguments[name] for name in kernel.arg_names}
-    return Launch(kernel, programs, given, tile.warps, tile.stages, spill=tile.spill)
+    return _blocks.launch(kernel, programs, tile.warps, tile.stages, None, tile.spill, **arguments)

@@ -135,6 +135,21 @@ class Launch:
         return CompileCase(name, self.kernel, signature, constexprs, attributes, *how)
 
 
+def launch(
+    kernel: Any,
+    programs: int,
+    warps: int,
+    stages: int = 1,
+    registers: int | None = None,
+    spill: int = 0,
+    /,
+    **arguments: Any,
+) -> Launch:
+    """A launch with those of the arguments that the kernel takes."""
+    given = {name: arguments[name] for name in kernel.arg_names}
+    return Launch(kernel, programs, given, warps, stages, registers, spill)
+
+
 def once(cases: Iterable[CompileCase]) -> Iterator[CompileCase]:
     """The cases, those that the compiler would see twice only once."""
     seen = set()

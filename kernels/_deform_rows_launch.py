@@ -12,8 +12,7 @@ from torch import Tensor
 
 from accel.kernels import _blocks, _deform_rows
 from accel.kernels import _deform_sampling as sampling
-from accel.kernels._blocks import CompileCase, Launch
-from accel.kernels._deform_sampling import launch
+from accel.kernels._blocks import CompileCase, Launch, launch
 
 SAMPLES = 256
 """Samples of a program that writes keys or records."""

@@ -9,7 +9,6 @@ owner and one order, and nothing depends on which program ran first.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from accel.kernels import _blocks
-from accel.kernels._blocks import Launch
 
 SORTED_AT_ONCE = 1 << 20
 """Samples that are sorted together. One takes 16 bytes for its key, before and after, and its place in the order, 12
@@ -218,10 +216,3 @@ def output_block(out_height: int, out_width: int, outputs: int) -> tuple[int, in
         height *= 2
     assert best is not None
     return best[2], best[3]
-
-
-def launch(
-    kernel: Any, programs: int, warps: int, stages: int = 1, registers: int | None = None, /, **arguments: Any
-) -> Launch:
-    """A launch with those of the arguments that the kernel takes."""
-    return Launch(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, warps, stages, registers)

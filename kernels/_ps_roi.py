@@ -238,7 +238,7 @@ def _forward_launch(
     ph, pw = output_size
     block = sampling.power_of_two(channels // (ph * pw), 1, 32)
     programs = boxes.shape[0] * triton.cdiv(channels // (ph * pw), block) * ph * pw
-    return sampling.launch(
+    return _blocks.launch(
         _forward, programs, 1, out_ptr=out, input_ptr=input, boxes_ptr=boxes, corners_ptr=corners, batch=n,
         channels=channels, height=height, width=width, PH=ph, PW=pw, RATIO=ratio, BLOCK_C=block, BLOCK_Y=8, BLOCK_X=16,
     )  # fmt: skip
@@ -251,7 +251,7 @@ def _backward_launch(
     ph, pw = output_size
     block_y, block_x = sampling.power_of_two(height, 8, 32), sampling.power_of_two(width, 16, 32)
     programs = n * channels * triton.cdiv(height, block_y) * triton.cdiv(width, block_x)
-    return sampling.launch(
+    return _blocks.launch(
         _backward, programs, 4, grad_input_ptr=grad_input, grad_out_ptr=grad_out, boxes_ptr=boxes, corners_ptr=corners,
         boxes=boxes.shape[0], batch=n, channels=channels, height=height, width=width, PH=ph, PW=pw, RATIO=ratio,
         BLOCK_Y=block_y, BLOCK_X=block_x,

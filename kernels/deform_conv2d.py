@@ -22,9 +22,9 @@ from torch import Tensor
 from accel.kernels import _blocks
 from accel.kernels import _deform_conv_backward as backwards
 from accel.kernels import _deform_sampling as sampling
-from accel.kernels._blocks import Launch
+from accel.kernels._blocks import Launch, launch
 from accel.kernels._deform_conv_backward import INTS, load_shift, load_weight, tap_at
-from accel.kernels._deform_sampling import corners, launch, load_corners, mean, output_tile
+from accel.kernels._deform_sampling import corners, load_corners, mean, output_tile
 from accel.kernels._layout import channels_last, transpose_launch
 from accel.ops.deform_conv2d import Args, memory_format
 

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from accel.kernels import _blocks, _window_blocks, _window_whole
-from accel.kernels._blocks import Launch
+from accel.kernels._blocks import Launch, launch
 from accel.kernels._window_cut import backward_tile, bias_tile, forward_tile
 
 MAX_TOKENS = 32768  # a query's and a key's offset in the dense bias of one head fit 32 bits
@@ -122,11 +122,6 @@ def _shared(
     }
 
 
-def _launch(kernel: Any, programs: int, warps: int, **arguments: Any) -> Launch:
-    """A launch with those of the arguments that the kernel takes."""
-    return Launch(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, warps, stages=1)
-
-
 def _forward_launch(out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> Launch:
     head_scale, num_heads, window, dropout_p = rest[2], rest[5], rest[6], rest[11]
     shape = _shape(qkv, num_heads, window)
@@ -141,11 +136,11 @@ def _forward_launch(out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> Launch
     shared = {**_shared(qkv, *rest), "out_ptr": out, "lse_ptr": lse, "BLOCK": tile.block}
     if not tile.whole:
         programs = shape.windows * num_heads * triton.cdiv(shape.tokens, tile.block)
-        return _launch(_window_blocks._forward_blocks, programs, tile.warps, **shared)
+        return launch(_window_blocks._forward_blocks, programs, tile.warps, **shared)
     # A bias tile is read once a program: for up to 16 windows, fewer where that would leave the GPU idle.
     per_program = min(16, max(1, shape.windows * num_heads // FORWARD_PROGRAMS))
     programs = triton.cdiv(shape.windows, per_program) * num_heads
-    return _launch(_window_whole._forward_tile, programs, tile.warps, per_program=per_program, **shared)
+    return launch(_window_whole._forward_tile, programs, tile.warps, per_program=per_program, **shared)
 
 
 def _windows_per_part(shape: _Shape, num_heads: int, itemsize: int, programs_per_part: int, need_bias: bool) -> int:
@@ -222,23 +217,23 @@ def _backward_plan(grad_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> _B
     }
     launches = []
     if tile_bias is not None:
-        launches.append(_launch(_window_whole._expand_bias, num_heads * (tile.block // 16), 4, **arguments))
+        launches.append(launch(_window_whole._expand_bias, num_heads * (tile.block // 16), 4, **arguments))
     if tile.whole:
-        launches.append(_launch(_window_whole._backward_tile, owners * num_heads, tile.warps, **arguments))
+        launches.append(launch(_window_whole._backward_tile, owners * num_heads, tile.warps, **arguments))
         return _Backward(launches, grad_qkv, bias_parts, head_parts, fill_parts)
-    launches.append(_launch(_window_blocks._backward_queries, owners * num_heads, tile.warps, **arguments))
-    launches.append(_launch(_window_blocks._backward_keys, owners * num_heads, tile.warps, **arguments))
+    launches.append(launch(_window_blocks._backward_queries, owners * num_heads, tile.warps, **arguments))
+    launches.append(launch(_window_blocks._backward_keys, owners * num_heads, tile.warps, **arguments))
     if need_bias:
         arguments["BLOCK"] = tile_of_bias.block
         launches.append(
-            _launch(_window_blocks._backward_bias, parts * tiles_of_bias * num_heads, tile_of_bias.warps, **arguments)
+            launch(_window_blocks._backward_bias, parts * tiles_of_bias * num_heads, tile_of_bias.warps, **arguments)
         )
     return _Backward(launches, grad_qkv, bias_parts, head_parts, fill_parts)
 
 
 def _table_launch(grad_table: Tensor, grad_bias: Tensor, window: list[int]) -> Launch:
     num_heads, rows = grad_bias.shape[0], 16
-    return _launch(
+    return launch(
         _window_blocks._reduce_table,
         triton.cdiv(grad_table.shape[0], rows) * num_heads,
         4,
@@ -277,8 +272,8 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any
     grad_table, grad_bias, grad_head, grad_fill = (lse.new_empty(0) for _ in range(4))
     with _blocks.device_of(qkv):
         plan = _backward_plan(grad_out, qkv, lse, *rest)
-        for launch in plan.launches:
-            launch.run()
+        for step in plan.launches:
+            step.run()
         if plan.bias_parts is not None:
             dense = plan.bias_parts.sum(0)
             if bias is not None:
@@ -383,7 +378,7 @@ def _cases(
     out, lse = _results(qkv, heads, window)
     yield _forward_launch(out, lse, qkv, *rest).case(name)
     plan = _backward_plan(out, qkv, lse, *rest, [True] * 4)
-    for launch in plan.launches:
-        yield launch.case(name)
+    for step in plan.launches:
+        yield step.case(name)
     if not dense:
         yield _table_launch(empty(rows, heads), empty(heads, tokens, tokens), window).case(name)
