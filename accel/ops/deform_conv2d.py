@@ -114,6 +114,12 @@ def _why_not_triton(args: Args) -> str | None:
 CUDA_CHANNELS = 64  # as csrc/cuda/_product.cuh is deep
 
 
+@torch.compiler.assume_constant_result  # the environment cannot be traced
+def _cublas_repeats() -> bool:
+    """Whether torch's deterministic mode lets cuBLAS run."""
+    return "CUBLAS_WORKSPACE_CONFIG" in os.environ
+
+
 def _why_not_cuda(args: Args) -> str | None:
     n, channels, height, width = args.input.shape
     out_channels, per_group, kh, kw = args.weight.shape
@@ -137,7 +143,7 @@ def _why_not_cuda(args: Args) -> str | None:
         return (
             f"{tuple(args.input.shape)=}, {tuple(args.offset.shape)=} and {args.padding=} are more than it can number"
         )
-    if torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+    if torch.are_deterministic_algorithms_enabled() and not _cublas_repeats():
         return "its backward needs cuBLAS, which torch's deterministic mode refuses without CUBLAS_WORKSPACE_CONFIG"
     return None
 
