@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from accel.kernels import _blocks
 from accel.kernels import _deform_conv_backward as backwards
+from accel.kernels import _deform_conv_tiles as cut
 from accel.kernels import _deform_sampling as sampling
 from accel.kernels._blocks import Launch, launch
 from accel.kernels._deform_conv_backward import INTS, load_shift, load_weight, tap_at
@@ -126,100 +126,13 @@ def _forward(
     tl.store(out_ptr + n * outputs * OUT + at, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & o_real[None, :])
 
 
-# --- tiles ---
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Outputs (or pixels) in a tile, channels in and out of a block, warps of a program, how many steps ahead of the
-    product it loads, the registers of a thread at most."""
-
-    outputs: int
-    c: int
-    o: int
-    warps: int
-    stages: int = 1
-    registers: int | None = None
-
-    @property
-    def how(self) -> tuple[int, int, int | None]:
-        return self.warps, self.stages, self.registers
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What tiles are chosen by."""
-
-    segment: int  # channels that share offsets and belong to one weight group
-    o_per_group: int
-    itemsize: int
-    capability: tuple[int, int]  # of the GPU
-
-    def c(self, most: int) -> int:
-        return sampling.power_of_two(self.segment, 16, most)
-
-    def o(self, most: int) -> int:
-        return sampling.power_of_two(self.o_per_group, 16, most)
-
-
-# A sum in fp32 takes tile / (32 · warps) registers a thread, and so do the pixels of as many samples in half precision,
-# two by two. A block of output channels is as wide as that allows, because each gathers anew. Without tensor cores, in
-# fp32, products are taken from shared memory by every thread, and tiles are small. Those of Hopper were the fastest of
-# the ten to forty that an H200 measured on ResNet's layers of 128, 256 and 512 channels; those of other generations are
-# chosen by bytes and registers.
-
-
-FORWARD_ON_HOPPER = {128: Tile(64, 32, 128, 4, 3, 168), 256: Tile(64, 32, 256, 4, 3), 512: Tile(64, 64, 256, 8, 3)}
-SHIFTS_ON_HOPPER = {128: Tile(64, 64, 64, 4, 3), 256: Tile(64, 64, 64, 4, 3), 512: Tile(128, 64, 64, 8, 3)}
-WEIGHT_ON_HOPPER = {128: Tile(64, 128, 128, 4, 3)}
-INPUT_ON_HOPPER = {128: Tile(32, 128, 64, 4), 256: Tile(32, 256, 64, 8)}
-
-
-def _on_hopper(table: dict[int, Tile], channels: int, shape: Shape) -> Tile | None:
-    """The tile for as many channels or more, cut to the call, where it was measured: in half precision, without edges
-    of channels, whose masks take registers."""
-    tile = table[min([size for size in table if size >= channels], default=max(table))]
-    tile = replace(tile, c=shape.c(tile.c), o=shape.o(tile.o))
-    whole = shape.segment % tile.c == 0 and shape.o_per_group % tile.o == 0
-    return tile if shape.capability[0] == 9 and shape.itemsize == 2 and whole else None
-
-
-def forward_tile(shape: Shape) -> Tile:
-    if shape.itemsize > 2:
-        return Tile(32, 16, shape.o(64), 4)
-    tile = _on_hopper(FORWARD_ON_HOPPER, shape.o_per_group, shape)
-    outputs = 64 if shape.segment % 16 == 0 else 32  # the masks of odd channels take registers
-    return tile or Tile(outputs, shape.c(32), shape.o(128), 8 if shape.o_per_group > 64 else 4)
-
-
-def shifts_tile(shape: Shape) -> Tile:
-    if shape.itemsize > 2:
-        return Tile(32, shape.c(32), 16, 4)
-    tile = _on_hopper(SHIFTS_ON_HOPPER, shape.segment, shape)
-    return tile or Tile(64, shape.c(32), shape.o(64), 8 if shape.segment > 16 else 4)
-
-
-def weight_tile(shape: Shape) -> Tile:
-    if shape.itemsize > 2:
-        return Tile(16, shape.c(32), shape.o(64), 4)
-    c, o = shape.c(64), shape.o(128)
-    return _on_hopper(WEIGHT_ON_HOPPER, shape.segment, shape) or Tile(32, c, o, 8 if c * o >= 4096 else 4)
-
-
-def input_tile(shape: Shape) -> Tile:
-    if shape.itemsize > 2:
-        return Tile(32, shape.c(64), 16, 4)
-    c, o = shape.c(128), shape.o(64)
-    return _on_hopper(INPUT_ON_HOPPER, shape.segment, shape) or Tile(64, c, o, 8 if c * o >= 4096 else 4)
-
-
 # --- launches ---
 
 
-def _shape(args: Args, capability: tuple[int, int]) -> Shape:
+def _shape(args: Args, capability: tuple[int, int]) -> cut.Shape:
     out_channels, per_group, _, _ = args.weight.shape
     channels = args.input.shape[1]
-    return Shape(
+    return cut.Shape(
         segment=math.gcd(channels // _offset_groups(args), per_group),
         o_per_group=out_channels // (channels // per_group),
         itemsize=args.input.element_size(),
@@ -299,7 +212,7 @@ def _shared(args: Args, input: Tensor, weight: Tensor, capability: tuple[int, in
     }
 
 
-def _tiled(tile: Tile, height: int, width: int) -> tuple[dict[str, Any], int]:
+def _tiled(tile: cut.Tile, height: int, width: int) -> tuple[dict[str, Any], int]:
     """The arguments that say a tile, and how many of them an image of outputs (or pixels) has."""
     tile_h, tile_w = sampling.output_block(height, width, tile.outputs)
     tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
@@ -318,7 +231,7 @@ def _result(args: Args) -> Tensor:
 
 def _forward_launch(out: Tensor, args: Args, shared: dict[str, Any]) -> Launch:
     shape = shared["shape"]
-    tile = forward_tile(shape)
+    tile = cut.forward_tile(shape)
     given, tiles = _tiled(tile, *args.offset.shape[2:])
     programs = args.input.shape[0] * tiles * shared["GROUPS"] * triton.cdiv(shape.o_per_group, tile.o)
     return launch(_forward, programs, *tile.how, out_ptr=out, **shared, **given)
@@ -337,7 +250,7 @@ def forward(*args: Any) -> Tensor:
 def _shifts_launch(
     grad_offset: Tensor | None, grad_mask: Tensor | None, grad_out: Tensor, args: Args, shared: dict[str, Any]
 ) -> Launch:
-    tile = shifts_tile(shared["shape"])
+    tile = cut.shifts_tile(shared["shape"])
     given, tiles = _tiled(tile, *args.offset.shape[2:])
     programs = args.input.shape[0] * tiles * shared["OFFSET_GROUPS"] * shared["KH"] * shared["KW"]
     pointers = {"grad_offset_ptr": grad_offset, "grad_mask_ptr": grad_mask, "grad_out_ptr": grad_out}
@@ -348,7 +261,7 @@ def _weight_launch(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> tupl
     """The launch and the parts ``(parts, K, O, C/g)`` it fills; only shapes decide how many, and with it the order of
     the sum."""
     shape = shared["shape"]
-    tile = weight_tile(shape)
+    tile = cut.weight_tile(shape)
     given, tiles = _tiled(tile, *args.offset.shape[2:])
     tiles *= args.input.shape[0]
     taps = shared["KH"] * shared["KW"]
@@ -381,7 +294,7 @@ def _input_launch(
     args: Args, shared: dict[str, Any],
 ) -> Launch:  # fmt: skip
     shape = shared["shape"]
-    tile = input_tile(shape)
+    tile = cut.input_tile(shape)
     given, tiles = _tiled(tile, *args.input.shape[2:])
     segments = shared["C"] // shared["OFFSET_GROUPS"] // shape.segment
     programs = units[1] * tiles * segments * triton.cdiv(shape.segment, tile.c)

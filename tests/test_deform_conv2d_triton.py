@@ -13,6 +13,7 @@ from test_deform_conv2d import CASES, by_name, case
 import accel
 from accel import testing
 from accel.kernels import _blocks, _layout
+from accel.kernels import _deform_conv_tiles as tiles
 from accel.kernels import _deform_sampling as sampling
 from accel.kernels import deform_conv2d as kernels
 from accel.ops import deform_conv2d as op
@@ -184,8 +185,8 @@ def test_why_not(monkeypatch):
 @pytest.mark.parametrize("o", [1, 16, 24, 64, 128, 256, 2048])
 def test_tiles_are_what_a_product_takes(itemsize, segment, o):
     for capability in ((8, 0), (9, 0), (10, 0)):
-        shape = kernels.Shape(segment, o, itemsize, capability)
-        for table in (kernels.forward_tile, kernels.shifts_tile, kernels.weight_tile, kernels.input_tile):
+        shape = tiles.Shape(segment, o, itemsize, capability)
+        for table in (tiles.forward_tile, tiles.shifts_tile, tiles.weight_tile, tiles.input_tile):
             tile = table(shape)
             for size in (tile.outputs, tile.c, tile.o):
                 assert size >= 16
