@@ -6,6 +6,8 @@
 // begins at a multiple of 1024 bytes.
 #pragma once
 
+#include <type_traits>
+
 #include "launch.cuh"
 
 namespace accel::product {
