@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,66 +66,69 @@ def _run(command: Sequence[str | Path]) -> str:
     return done.stdout + done.stderr
 
 
-def build(sources: Sequence[Path], mode: str, defines: Sequence[str] = ()) -> Path:
-    """An executable with the launch functions of ``sources``; kept by the hash of what it is made from."""
-    name = compiler()
-    data = [path.read_bytes() for path in sources]
-    key = _digest(_shared_sources(), *data, mode.encode(), name.encode(), repr(defines).encode())
-    variant = "-".join([sources[0].stem, mode, *(d.strip("-D").replace("=", "") for d in defines)])
-    target = BUILD / f"{variant}-{key}"
+def _kept(variant: str, key: str, make: Callable[[Path, Path], None], end: str = "") -> Path:
+    """What ``make(scratch folder, file)`` wrote, made once for every key; of a variant the last is kept."""
+    target = BUILD / f"{variant}-{key}{end}"
     if target.exists():
         return target
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        objects = []
-        sanitize = MODES[mode].split()
-        # The scheduler and the driver are told of the sanitizer, but not instrumented by it.
-        told = [] if mode == "plain" else [f"-DACCEL_{mode.upper()}"]
-        for source in (*sources, SHIM / "runtime.cpp", SHIM / "replay.cpp"):
-            flags = sanitize if source.suffix == ".cu" else told
-            objects.append(Path(scratch) / f"{source.stem}.o")
-            command = [name, *FLAGS.split(), *flags, *defines, "-DACCEL_HOST_CUDA", f"-I{ROOT / 'csrc'}"]
-            _run([*command, "-x", "c++", "-c", source, "-o", objects[-1]])
-        made = Path(scratch) / "replay"
-        _run([name, *sanitize, "-rdynamic", *objects, "-ldl", "-o", made])
+        made = Path(scratch) / "made"
+        make(Path(scratch), made)
         made.replace(target)
-    for old in BUILD.glob(f"{variant}-{'[0-9a-f]' * 20}"):
+    for old in BUILD.glob(f"{variant}-{'[0-9a-f]' * 20}{end}"):
         if old != target:
             old.unlink(missing_ok=True)
     return target
+
+
+def _compile(source: Path, folder: Path, flags: Sequence[str]) -> Path:
+    """The object of a source of kernels or of what surrounds them, for the CPU."""
+    made = folder / f"{source.name}.o"
+    command = [compiler(), *FLAGS.split(), *flags, "-DACCEL_HOST_CUDA", f"-I{ROOT / 'csrc'}"]
+    _run([*command, "-x", "c++", "-c", source, "-o", made])
+    return made
+
+
+def build(sources: Sequence[Path], mode: str, defines: Sequence[str] = ()) -> Path:
+    """An executable with the launch functions of ``sources``; kept by the hash of what it is made from."""
+    data = [path.read_bytes() for path in sources]
+    key = _digest(_shared_sources(), *data, mode.encode(), compiler().encode(), repr(defines).encode())
+    variant = "-".join([sources[0].stem, mode, *(d.strip("-D").replace("=", "") for d in defines)])
+    sanitize = MODES[mode].split()
+    # The scheduler and the driver are told of the sanitizer, but not instrumented by it.
+    told = [] if mode == "plain" else [f"-DACCEL_{mode.upper()}"]
+
+    def make(folder: Path, made: Path) -> None:
+        objects = []
+        for source in (*sources, SHIM / "runtime.cpp", SHIM / "replay.cpp"):
+            flags = sanitize if source.suffix == ".cu" else told
+            objects.append(_compile(source, folder, [*flags, *defines]))
+        _run([compiler(), *sanitize, "-rdynamic", *objects, "-ldl", "-o", made])
+
+    return _kept(variant, key, make)
 
 
 def binding(op: str, sources: Sequence[Path], defines: Sequence[str] = ()) -> Path:
     """A library with the CUDA binding of ``op`` over its kernels on the CPU, for ``call_ops``."""
     from torch.utils.cpp_extension import include_paths
 
-    name, folder = compiler(), ROOT / "csrc" / "cuda"
-    files = [folder / f"{op}.cpp", *sources, folder / "_layout.cu", SHIM / "runtime.cpp", SHIM / "device.cpp"]
+    cuda = ROOT / "csrc" / "cuda"
+    source, kernels = cuda / f"{op}.cpp", [*sources, cuda / "_layout.cu", SHIM / "runtime.cpp", SHIM / "device.cpp"]
+    data = [path.read_bytes() for path in (source, *kernels)]
+    key = _digest(_shared_sources(), *data, compiler().encode(), torch.__version__.encode(), repr(defines).encode())
     target_version = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())
     assert target_version is not None
-    data = [path.read_bytes() for path in files]
-    key = _digest(_shared_sources(), *data, name.encode(), torch.__version__.encode(), repr(defines).encode())
-    target = BUILD / f"binding-{op}-{key}.so"
-    if target.exists():
-        return target
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        objects = []
-        for source in files:
-            objects.append(Path(scratch) / f"{source.name}.o")
-            flags = ["-DACCEL_HOST_CUDA", f"-I{ROOT / 'csrc'}", "-fPIC", *defines]
-            if source == files[0]:
-                flags += [f"-DTORCH_TARGET_VERSION={target_version[1]}", "-DTORCH_STABLE_ONLY"]
-                flags += [word for path in include_paths() for word in ("-isystem", path)]
-            _run([name, *FLAGS.split(), *flags, "-x", "c++", "-c", source, "-o", objects[-1]])
-        made = Path(scratch) / "binding.so"
-        libraries = Path(torch.__file__).parent / "lib"
-        _run([name, "-shared", *objects, f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-o", made])
-        made.replace(target)
-    for old in BUILD.glob(f"binding-{op}-*.so"):
-        if old != target:
-            old.unlink(missing_ok=True)
-    return target
+    of_torch = [f"-DTORCH_TARGET_VERSION={target_version[1]}", "-DTORCH_STABLE_ONLY"]
+    of_torch += [word for path in include_paths() for word in ("-isystem", path)]
+    libraries = Path(torch.__file__).parent / "lib"
+
+    def make(folder: Path, made: Path) -> None:
+        flags = ["-fPIC", *defines]
+        objects = [_compile(source, folder, [*flags, *of_torch]), *(_compile(x, folder, flags) for x in kernels)]
+        _run([compiler(), "-shared", *objects, f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-o", made])
+
+    return _kept(f"binding-{op}", key, make, ".so")
 
 
 _CALL = """
@@ -262,21 +265,14 @@ def nvcc(source: Path, flags: Sequence[str] = ()) -> list[Usage]:
     if name is None:
         pytest.skip("nvcc is not installed")
     key = _digest(_shared_sources(), source.read_bytes(), repr(flags).encode(), _run([name, "--version"]).encode())
-    kept = BUILD / f"nvcc-{source.stem}-{key}.txt"
-    if not kept.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-            command = [name, "-std=c++20", "-O3", "-c", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
-            command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'csrc'}", *flags]
-            command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES.values()]
-            text = _run([*command, source, "-o", Path(scratch) / "object.o"])
-            made = Path(scratch) / "report"
-            made.write_text(text)
-            made.replace(kept)
-        for old in BUILD.glob(f"nvcc-{source.stem}-*.txt"):
-            if old != kept:
-                old.unlink(missing_ok=True)
-    return usage(kept.read_text())
+    command = [name, "-std=c++20", "-O3", "-c", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
+    command += ["-Xptxas", "-v", "--threads", "2", f"-I{ROOT / 'csrc'}", *flags]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES.values()]
+
+    def make(folder: Path, made: Path) -> None:
+        made.write_text(_run([*command, source, "-o", folder / "object.o"]))
+
+    return usage(_kept(f"nvcc-{source.stem}", key, make, ".txt").read_text())
 
 
 def usage(text: str) -> list[Usage]:

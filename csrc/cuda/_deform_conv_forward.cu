@@ -78,17 +78,19 @@ struct Output {
   int y, x;      // position of tap 0, unshifted
   int first;     // pixel of its image, in vectors
   int at, y_at;  // of offset group 0 and tap 0 in the mask, and in the offsets
+  int64_t place;  // of output channel 0 in the result, -1 past the last output
 
-  __device__ Output(const Call& p, int64_t i) : real(i < p.total), y(0), x(0), first(0), at(0), y_at(0) {
+  __device__ Output(const Call& p, int64_t i) : real(i < p.total), y(0), x(0), first(0), at(0), y_at(0), place(-1) {
     if (!real) return;
     int image = int(i / p.outputs);
     int2 where = output_at(p, int(i - int64_t{image} * p.outputs));
     y = where.x * p.stride[0] - p.padding[0];
     x = where.y * p.stride[1] - p.padding[1];
     first = image * p.height * p.line;
-    int planes = image * p.offset_groups * p.taps * p.outputs;
-    at = planes + where.x * p.out_width + where.y;
+    int planes = image * p.offset_groups * p.taps * p.outputs, in_plane = where.x * p.out_width + where.y;
+    at = planes + in_plane;
     y_at = planes + at;
+    place = int64_t{image} * p.outputs * (p.last ? 1 : p.out_channels) + in_plane;
   }
 
   __device__ __forceinline__ Shift shift(const Call& p, int group, int tap) const {
@@ -252,14 +254,7 @@ __global__ void __launch_bounds__(128 * Groups, 1)
     product::commit();
   };
 
-  if (finds) {
-    int64_t i = first + thread;
-    int64_t image = i / p.outputs;
-    int2 where = output_at(p, int(i - image * p.outputs));
-    int64_t in_plane = int64_t{where.x} * p.out_width + where.y;
-    // of output channel 0
-    places[thread] = i >= p.total ? -1 : (image * p.outputs * (p.last ? 1 : p.out_channels) + in_plane);
-  }
+  if (finds) places[thread] = output.place;
 #pragma unroll
   for (int step = 0; step < stages - 1; ++step) fetch(step);
   Turn turn;               // of the step whose shifts are on their way
