@@ -28,7 +28,7 @@ class Params(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("input", "offset", "mask", "weight", "bias", "out", "packed")],
         *[(name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "out_channels")],
         *[(name, ctypes.c_int32) for name in ("out_height", "out_width", "groups", "offset_groups")],
-        *[(name, ctypes.c_int32) for name in ("dtype", "last", "processors")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "last", "processors", "tile")],
         *[(name, ctypes.c_int32 * 2) for name in ("kernel", "stride", "padding", "dilation")],
     ]
 
@@ -39,7 +39,7 @@ def prepared(of: Case, dtype: torch.dtype) -> Args:
     return OP.prepare(**tensors, **kwargs)
 
 
-def forward(args: Args, mode: str = "plain", processors: int = 1, **options: Any) -> Tensor:
+def forward(args: Args, mode: str = "plain", processors: int = 1, tile: int = 0, **options: Any) -> Tensor:
     n, c, h, w = args.input.shape
     o, per_group, kh, kw = args.weight.shape
     ho, wo = args.offset.shape[2:]
@@ -47,8 +47,8 @@ def forward(args: Args, mode: str = "plain", processors: int = 1, **options: Any
     params = Params(
         batch=n, height=h, width=w, channels=c, out_channels=o, out_height=ho, out_width=wo, groups=groups,
         offset_groups=args.offset.shape[1] // (2 * kh * kw), dtype=host.DTYPES.index(args.input.dtype),
-        last=last, processors=processors, kernel=(kh, kw), stride=tuple(args.stride), padding=tuple(args.padding),
-        dilation=tuple(args.dilation),
+        last=last, processors=processors, tile=tile, kernel=(kh, kw), stride=tuple(args.stride),
+        padding=tuple(args.padding), dilation=tuple(args.dilation),
     )  # fmt: skip
 
     def unwritten(*size: int) -> Tensor:
@@ -77,22 +77,20 @@ def check(of: Case, dtype: torch.dtype, mode: str = "plain", **options: Any) -> 
 
 
 half_case = functools.partial(case, dtypes=HALF)
-# The names: the tile that one multiprocessor is given, in outputs and blocks of 128 output channels.
-TILES = [
-    half_case("64_x_1", (64, 128), (7, 8), batch=1, **P1),
-    half_case("128_x_1", (64, 128), (5, 9), **P1),
-    half_case("128_x_2", (64, 256), (5, 12), **P1),
-    half_case("256_x_1", (64, 128), (10, 11), **P1),
-]
-CASES = [
-    *TILES,
-    half_case("channels_last", (64, 128), (10, 11), last=True, **P1),
-    half_case("v1_no_bias", (64, 64), (6, 7), bias=False, mask=False, batch=1, **P1),
+TILES = range(1, 6)  # as csrc/cuda/_deform_conv_forward.cu numbers them: 256, 128, 192, 128, 64 outputs
+IN_EVERY_TILE = half_case("every_tile", (64, 256), (10, 11), **P1)  # two blocks of columns; no tile is full at the end
+ODD = [
     half_case("odd_columns", (64, 136), (5, 19), batch=1, **P1),
     half_case("odd_columns_last", (64, 136), (5, 19), batch=1, last=True, **P1),
+    half_case("groups", (128, 16), (5, 6), groups=2, batch=1, **P1),
+]
+CASES = [
+    IN_EVERY_TILE,
+    *ODD,
+    half_case("channels_last", (64, 128), (10, 11), last=True, **P1),
+    half_case("v1_no_bias", (64, 64), (6, 7), bias=False, mask=False, batch=1, **P1),
     half_case("two_strips", (64, 8), (3, 37), **P1),
     half_case("two_slices", (128, 64), (6, 7), batch=1, **P1),
-    half_case("groups", (128, 16), (5, 6), groups=2, batch=1, **P1),
     half_case("groups_last", (128, 272), (5, 6), groups=2, batch=1, last=True, **P1),
     half_case("offset_groups", (128, 16), (5, 6), offset_groups=2, batch=1, **P1),
     half_case("three_of_each", (192, 24), (4, 5), groups=3, offset_groups=3, batch=1, **P1),
@@ -118,16 +116,24 @@ def test_values(of: Case, dtype: torch.dtype) -> None:
     check(of, dtype)
 
 
-@pytest.mark.parametrize("of", TILES, ids=str)
-def test_every_order_of_warps_gives_the_same_bits(of: Case) -> None:
-    args = prepared(of, torch.bfloat16)
+@pytest.mark.parametrize("tile", TILES)
+def test_every_tile_and_order_of_warps_gives_the_same_bits(tile: int) -> None:
+    args = prepared(IN_EVERY_TILE, torch.bfloat16)
     first = forward(args)
-    for seed, landing in ((1, host.EARLY), (2, host.MIXED), (3, host.LATE)):
-        assert_same(forward(args, seed=seed, landing=landing), first, f"{seed=}")
+    for seed, landing in ((0, host.EARLY), (1, host.EARLY), (2, host.MIXED), (3, host.LATE)):
+        assert_same(forward(args, tile=tile, seed=seed, landing=landing), first, f"{seed=}")
 
 
-def test_tiles_do_not_change_a_bit() -> None:
-    args = prepared(TILES[-1], torch.bfloat16)
+def test_a_tile_that_does_not_fit_is_refused() -> None:
+    args = prepared(half_case("one_block", (64, 128), (2, 3), batch=1, **P1), torch.bfloat16)
+    for tile in (2, 6):
+        with pytest.raises(AssertionError, match="accel_deform_conv2d_forward returned 1"):
+            forward(args, tile=tile)
+
+
+def test_the_tile_follows_from_the_sizes() -> None:
+    """Many processors take small tiles, and the result is the same."""
+    args = prepared(IN_EVERY_TILE, torch.bfloat16)
     assert_same(forward(args, processors=100), forward(args), "tiles of 64 and of 256")
 
 
@@ -141,10 +147,16 @@ def test_pixels_that_do_not_count_may_hold_anything() -> None:
     assert_close(forward(args), OP.backend("reference").forward(*exact), "exact", torch.bfloat16, "output")
 
 
-@pytest.mark.parametrize("of", [*TILES, CASES[6], CASES[7], CASES[10]], ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_address_and_undefined_behaviour_of_tiles(tile: int) -> None:
+    check(IN_EVERY_TILE, torch.bfloat16, "asan", tile=tile, seed=1)
+
+
+@pytest.mark.parametrize("of", ODD, ids=str)
 def test_address_and_undefined_behaviour(of: Case) -> None:
     check(of, torch.bfloat16, "asan", seed=1)
 
 
-def test_races() -> None:
-    check(case("tiny", (64, 8), (2, 3), batch=1, **P1), torch.bfloat16, "tsan", seed=1)
+@pytest.mark.parametrize("tile", TILES)
+def test_races(tile: int) -> None:
+    check(case("tiny", (64, 256), (2, 3), batch=1, **P1), torch.bfloat16, "tsan", tile=tile, seed=1)

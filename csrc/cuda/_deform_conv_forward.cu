@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(128 * Groups, 1)
       for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 0; i < product::block; i += 8 * Its::threads)
-          cp_async16(to + n * product::block + i, source + int64_t{n} * p.steps * product::block + i);
+          if (product::block % (8 * Its::threads) == 0 || i + 8 * thread < product::block)
+            cp_async16(to + n * product::block + i, source + int64_t{n} * p.steps * product::block + i);
       source += product::block;
     }
     cp_async_commit();
@@ -390,17 +391,19 @@ struct Kind {
 };
 constexpr Kind kinds[] = {{256, 1, 1.f}, {128, 2, .9f}, {192, 1, 1.05f}, {128, 1, 1.2f}, {64, 1, 1.3f}};
 
-int choose(const Call& call, int processors) {
-  int best = 0;
+// Which of the kinds, from 1: the one asked for, or the fastest.
+int tile_for(const DeformConv2dForward& p, const Call& call) {
+  if (p.tile) return p.tile == 2 && call.blocks % 2 ? 0 : p.tile;
+  int best = 0, processors = max(p.processors, 1);
   float least = 0.f;
   for (int i = 0; i < int(std::size(kinds)); ++i) {
     const Kind& kind = kinds[i];
     if (call.blocks % kind.blocks) continue;
     int64_t tiles = (call.total + kind.outputs - 1) / kind.outputs * (call.blocks / kind.blocks) *
                     (call.channels / call.in_group);
-    float time = float((tiles + max(processors, 1) - 1) / max(processors, 1)) * float(kind.outputs * kind.blocks) * kind.cost;
+    float time = float((tiles + processors - 1) / processors) * float(kind.outputs * kind.blocks) * kind.cost;
     if (i && time >= least) continue;
-    best = i;
+    best = i + 1;
     least = time;
   }
   return best;
@@ -424,12 +427,13 @@ cudaError_t forward(const DeformConv2dForward& p, const Call& call, cudaStream_t
   cudaError_t error = launch(pack<T>, dim3(blocks_for(parts, 256)), dim3(256), 0, stream, call,
                              static_cast<const T*>(p.weight), packed, parts);
   if (error != cudaSuccess) return error;
-  switch (choose(call, p.processors)) {
-    case 0: return run<T, 2, 1, 2>(call, input, packed, out, stream);
-    case 1: return run<T, 1, 2, 2>(call, input, packed, out, stream);
-    case 2: return run<T, 1, 1, 3>(call, input, packed, out, stream);
-    case 3: return run<T, 1, 1, 2>(call, input, packed, out, stream);
-    default: return run<T, 1, 1, 1>(call, input, packed, out, stream);
+  switch (tile_for(p, call)) {
+    case 1: return run<T, 2, 1, 2>(call, input, packed, out, stream);
+    case 2: return run<T, 1, 2, 2>(call, input, packed, out, stream);
+    case 3: return run<T, 1, 1, 3>(call, input, packed, out, stream);
+    case 4: return run<T, 1, 1, 2>(call, input, packed, out, stream);
+    case 5: return run<T, 1, 1, 1>(call, input, packed, out, stream);
+    default: return cudaErrorInvalidValue;
   }
 }
 

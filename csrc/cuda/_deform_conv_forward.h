@@ -19,6 +19,7 @@ struct DeformConv2dForward {
   int32_t groups, offset_groups;                                                // g, G
   int32_t dtype, last;                                                          // of all void*: 1 bf16, 2 fp16
   int32_t processors;                                                           // multiprocessors of the device
+  int32_t tile;                                                                 // 0, or 1 to 5 to have just that one
   int32_t kernel[2], stride[2], padding[2], dilation[2];                        // y, x
 };
 
