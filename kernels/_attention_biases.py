@@ -521,11 +521,12 @@ def _backward_index(
             low = tl.minimum(low, tl.where(start0 < end0, start0, low))
             low = tl.minimum(low, tl.where(start1 < end1, start1, low))
             high = tl.maximum(high, tl.maximum(end0, end1))
-        for j0 in tl.range(low, high, BLOCK_N, disable_licm=True):
+        for begin in tl.range(low, high, BLOCK_N, disable_licm=True):
+            j0 = i0 * 0 + begin  # the interpreter counts in numbers of Python
             # a row stands at the same pair in every batch entry, so that one product adds up the whole batch
             weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for entry in tl.range(0, batches, disable_licm=True):
-                batch = (i0 * 0 + entry).to(tl.int64)  # the interpreter counts in numbers of Python
+                batch = (i0 * 0 + entry).to(tl.int64)
                 mask_at = batch * mask_b + head * mask_h
                 masks = (mask_ptr, mask_at, mask_t, mask_s, rows_ptr)
                 if rows_ptr is not None:

@@ -424,6 +424,7 @@ BIASES = [
         change=heavy_sinks,
         dtypes=FP32,
     ),
+    case("index_padding", 37, 41, bias_index=random_index(37, 41, 19), rows=19, mask=(2, 1, 1, 41)),
     case("index_200", 137, 200, bias_index=random_index(137, 200, 500), rows=500, B=1, H=2, causal=True),
     case("index_rows_unused", 23, 31, bias_index=random_index(23, 31, 5) * 7, rows=40, window=(9, 9)),
     case("index_toeplitz", 37, 41, bias_index=toeplitz_index(37, 41, 17), rows=17, B=3),

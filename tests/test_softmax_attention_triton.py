@@ -43,6 +43,7 @@ NAMES = [
     ("bias_of_keys", BF16),
     ("t5_decoder_step", FP16),
     ("beit_grid", BF16),
+    ("index_padding", BF16),
 ]
 SLOW_NAMES = [
     ("one_of_each", FP32),
