@@ -47,8 +47,8 @@ def test_there_is_something_to_compile() -> None:
         ({}, None),
         ({"stack": 32}, None),
         ({"stack": 40}, "40 bytes of stack"),
-        ({"shared": 163 << 10}, None),
-        ({"shared": (163 << 10) + 1}, "shared memory"),
+        ({"shared": 99 << 10}, None),
+        ({"shared": (99 << 10) + 1}, "shared memory"),
         ({"error": "ValueError: no"}, "ValueError: no"),
     ],
 )

@@ -19,6 +19,7 @@ from accel.testing import Case, assert_close, assert_same
 
 SOURCE = host.ROOT / "csrc" / "cuda" / "_deform_conv_forward.cu"
 HALF = (torch.bfloat16, torch.float16)
+HOPPER, CONSUMER = 227 << 10, 99 << 10  # shared memory of a block: H100; RTX 30, 40 and 50
 
 
 class Params(ctypes.Structure):
@@ -28,8 +29,9 @@ class Params(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("input", "offset", "mask", "weight", "bias", "out", "packed")],
         *[(name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "out_channels")],
         *[(name, ctypes.c_int32) for name in ("out_height", "out_width", "groups", "offset_groups")],
-        *[(name, ctypes.c_int32) for name in ("dtype", "last", "processors", "tile")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "last")],
         *[(name, ctypes.c_int32 * 2) for name in ("kernel", "stride", "padding", "dilation")],
+        *[(name, ctypes.c_int32) for name in ("processors", "shared", "tile")],
     ]
 
 
@@ -39,7 +41,9 @@ def prepared(of: Case, dtype: torch.dtype) -> Args:
     return OP.prepare(**tensors, **kwargs)
 
 
-def forward(args: Args, mode: str = "plain", processors: int = 1, tile: int = 0, **options: Any) -> Tensor:
+def forward(
+    args: Args, mode: str = "plain", processors: int = 1, shared: int = HOPPER, tile: int = 0, **options: Any
+) -> Tensor:
     n, c, h, w = args.input.shape
     o, per_group, kh, kw = args.weight.shape
     ho, wo = args.offset.shape[2:]
@@ -47,8 +51,8 @@ def forward(args: Args, mode: str = "plain", processors: int = 1, tile: int = 0,
     params = Params(
         batch=n, height=h, width=w, channels=c, out_channels=o, out_height=ho, out_width=wo, groups=groups,
         offset_groups=args.offset.shape[1] // (2 * kh * kw), dtype=host.DTYPES.index(args.input.dtype),
-        last=last, processors=processors, tile=tile, kernel=(kh, kw), stride=tuple(args.stride),
-        padding=tuple(args.padding), dilation=tuple(args.dilation),
+        last=last, kernel=(kh, kw), stride=tuple(args.stride), padding=tuple(args.padding),
+        dilation=tuple(args.dilation), processors=processors, shared=shared, tile=tile,
     )  # fmt: skip
 
     def unwritten(*size: int) -> Tensor:
@@ -124,17 +128,26 @@ def test_every_tile_and_order_of_warps_gives_the_same_bits(tile: int) -> None:
         assert_same(forward(args, tile=tile, seed=seed, landing=landing), first, f"{seed=}")
 
 
-def test_a_tile_that_does_not_fit_is_refused() -> None:
-    args = prepared(half_case("one_block", (64, 128), (2, 3), batch=1, **P1), torch.bfloat16)
-    for tile in (2, 6):
+def test_tiles_that_do_not_fit_are_refused() -> None:
+    one_block = prepared(half_case("one_block", (64, 128), (2, 3), batch=1, **P1), torch.bfloat16)
+    two_blocks = prepared(IN_EVERY_TILE, torch.bfloat16)
+    impossible = [
+        (one_block, {"tile": 2}),
+        (one_block, {"tile": 6}),
+        (two_blocks, {"tile": 2, "shared": CONSUMER}),
+        (two_blocks, {"shared": 48 << 10}),
+    ]
+    for args, wish in impossible:
         with pytest.raises(AssertionError, match="accel_deform_conv2d_forward returned 1"):
-            forward(args, tile=tile)
+            forward(args, **wish)
 
 
-def test_the_tile_follows_from_the_sizes() -> None:
-    """Many processors take small tiles, and the result is the same."""
-    args = prepared(IN_EVERY_TILE, torch.bfloat16)
-    assert_same(forward(args, processors=100), forward(args), "tiles of 64 and of 256")
+def test_the_choice_of_a_tile_does_not_change_a_bit() -> None:
+    """Many processors take small tiles; 5 · 12 · 2 outputs are for the tile that little memory does not hold."""
+    args = prepared(half_case("second_tile", (64, 256), (5, 12), **P1), torch.bfloat16)
+    first = forward(args, tile=2)
+    for device in ({}, {"processors": 100}, {"shared": CONSUMER}, {"shared": CONSUMER, "processors": 100}):
+        assert_same(forward(args, **device), first, f"{device}")
 
 
 def test_pixels_that_do_not_count_may_hold_anything() -> None:

@@ -115,13 +115,14 @@ struct Output {
   }
 };
 
-template <class T, int M, int N, int Groups>
+// A block's `Groups` of four warps, each with M products of 64 outputs and N of 128 columns.
+template <int M, int N, int Groups>
 struct Tile {
-  static constexpr int threads = 128 * Groups, rows = 64 * M * Groups;
+  static constexpr int threads = 128 * Groups, rows = 64 * M * Groups, blocks = N;
   static constexpr int stages = N == 1 ? 4 : 3;
   static constexpr int stage = N * product::block;  // elements
   static constexpr int row = columns + 8;           // of a warp's results in shared memory, apart in their banks
-  static constexpr size_t shared = 1024 + sizeof(T) * stages * stage + rows * (3 * (sizeof(Spot) + 1) + 8) + 3 * rows / 4;
+  static constexpr size_t shared = 1024 + 2 * stages * stage + rows * (3 * (sizeof(Spot) + 1) + 8) + 3 * rows / 4;
   static_assert(Groups * 4 * 16 * row <= stages * stage);
 };
 
@@ -172,7 +173,7 @@ __device__ __forceinline__ void gather(uint32_t (&a)[2][4], const char* input, c
 template <class T, int M, int N, int Groups>
 __global__ void __launch_bounds__(128 * Groups, 1)
     convolve(const __grid_constant__ Call p, const T* input, const T* packed, T* out) {
-  using Its = Tile<T, M, N, Groups>;
+  using Its = Tile<M, N, Groups>;
   constexpr int rows = Its::rows, stages = Its::stages;
   ACCEL_DYNAMIC_SHARED(unsigned char, raw);
   auto* memory = raw + (1024 - reinterpret_cast<uintptr_t>(raw) % 1024) % 1024;
@@ -387,22 +388,27 @@ int64_t packed_elements(const Call& call) {
 // weights that are fetched.
 struct Kind {
   int outputs, blocks;
+  size_t shared;
   float cost;
 };
-constexpr Kind kinds[] = {{256, 1, 1.f}, {128, 2, .9f}, {192, 1, 1.05f}, {128, 1, 1.2f}, {64, 1, 1.3f}};
+template <class Its>
+constexpr Kind kind(float cost) {
+  return {Its::rows, Its::blocks, Its::shared, cost};
+}
+constexpr Kind kinds[] = {kind<Tile<2, 1, 2>>(1.f), kind<Tile<1, 2, 2>>(.9f), kind<Tile<1, 1, 3>>(1.05f),
+                          kind<Tile<1, 1, 2>>(1.2f), kind<Tile<1, 1, 1>>(1.3f)};
 
-// Which of the kinds, from 1: the one asked for, or the fastest.
+// Which of the kinds, from 1: the one asked for, or the fastest; 0 if none can be had.
 int tile_for(const DeformConv2dForward& p, const Call& call) {
-  if (p.tile) return p.tile == 2 && call.blocks % 2 ? 0 : p.tile;
   int best = 0, processors = max(p.processors, 1);
   float least = 0.f;
   for (int i = 0; i < int(std::size(kinds)); ++i) {
     const Kind& kind = kinds[i];
-    if (call.blocks % kind.blocks) continue;
+    if (call.blocks % kind.blocks || kind.shared > size_t(p.shared) || (p.tile && p.tile != i + 1)) continue;
     int64_t tiles = (call.total + kind.outputs - 1) / kind.outputs * (call.blocks / kind.blocks) *
                     (call.channels / call.in_group);
     float time = float((tiles + processors - 1) / processors) * float(kind.outputs * kind.blocks) * kind.cost;
-    if (i && time >= least) continue;
+    if (best && time >= least) continue;
     best = i + 1;
     least = time;
   }
@@ -411,7 +417,7 @@ int tile_for(const DeformConv2dForward& p, const Call& call) {
 
 template <class T, int M, int N, int Groups>
 cudaError_t run(const Call& call, const T* input, const T* packed, T* out, cudaStream_t stream) {
-  using Its = Tile<T, M, N, Groups>;
+  using Its = Tile<M, N, Groups>;
   int64_t tiles = (call.total + Its::rows - 1) / Its::rows * (call.channels / call.in_group);
   unsigned grid = blocks_for(tiles * (call.blocks / N), 1);
   return launch(convolve<T, M, N, Groups>, dim3(grid), dim3(Its::threads), Its::shared, stream, call, input, packed, out);

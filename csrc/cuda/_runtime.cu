@@ -14,8 +14,14 @@ extern "C" int accel_cuda_probe(int device) {
 
 extern "C" const char* accel_cuda_text(int error) { return cudaGetErrorString(cudaError_t(error)); }
 
-extern "C" int accel_cuda_processors(int device) {
-  int count = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return error == cudaSuccess && count > 0 ? count : 1;
+static int ask(cudaDeviceAttr what, int device, int otherwise) {
+  int found = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&found, what, device);
+  return error == cudaSuccess && found > 0 ? found : otherwise;
+}
+
+extern "C" int accel_cuda_processors(int device) { return ask(cudaDevAttrMultiProcessorCount, device, 1); }
+
+extern "C" int accel_cuda_shared_memory(int device) {
+  return ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, 48 << 10);
 }

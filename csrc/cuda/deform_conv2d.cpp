@@ -121,6 +121,7 @@ Tensor forward(Tensor input, Tensor offset, Tensor weight, OptionalTensor bias, 
   p.out_channels = int32_of(n.out_channels, "O");
   p.last = n.last;
   p.processors = accel_cuda_processors(input.get_device_index());
+  p.shared = accel_cuda_shared_memory(input.get_device_index());
   const int64_t packed_size = accel_deform_conv2d_packed(&p);
   STD_TORCH_CHECK(packed_size >= 0, "the kernel does not take these sizes");
   Tensor packed = torch::stable::new_empty(input, {packed_size});

@@ -13,7 +13,7 @@ namespace accel::host {
 namespace {
 
 constexpr int max_threads = 1024, warp = 32, max_masks = 8;
-constexpr size_t shared_limit = 227 << 10, static_limit = 48 << 10, red_zone = 64;
+constexpr size_t static_limit = 48 << 10, red_zone = 64;
 constexpr unsigned char fresh = 0xFF, red = 0xA5;  // 0xFF...: NaN as a float, -1 as an integer
 
 enum class State { ready, at_warp, at_block, done };

@@ -5,3 +5,4 @@
 
 extern "C" const char* accel_cuda_text(int) { return accel_host_error(); }
 extern "C" int accel_cuda_processors(int) { return 1; }
+extern "C" int accel_cuda_shared_memory(int) { return int(accel::host::shared_limit); }

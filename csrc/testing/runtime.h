@@ -19,6 +19,8 @@ namespace accel::host {
 
 using Site = std::source_location;
 
+constexpr size_t shared_limit = 227 << 10;  // of a block, as on an H100
+
 // Where the running thread is. One launch runs at a time, on one thread of the operating system.
 struct Place {
   uint3 thread, block;
