@@ -6,10 +6,12 @@ with the ``autograd.Function`` outside, in the op's own file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 _library = torch.library.Library("accel", "FRAGMENT")
@@ -57,9 +59,29 @@ def once_differentiable(op: Any, *args: Any) -> Any:
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
 
 
+def differentiated(op: str, arguments: Iterable[Any]) -> bool:
+    """Whether autograd is to record a call of the kernels of ``op``, which have no forward-mode derivative: torch would
+    take it for zero."""
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    if forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in tensors]):
+        raise NotImplementedError(f"{op}: forward-mode derivatives exist only on backend='reference'")
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+
+
+def _has_autocast(device: str) -> bool:
+    return device != "meta"  # torch knows autocast of every other one
+
+
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """``x`` in the dtype that an enabled autocast asks for, as ``torch.matmul`` would see it; float64 stays."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    kinds = (torch.float32, torch.float16, torch.bfloat16)
+    if _has_autocast(device) and torch.is_autocast_enabled(device) and x.dtype in kinds:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For a reference, which computes in fp32 on purpose."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _has_autocast(device) else contextlib.nullcontext()

@@ -190,3 +190,14 @@ def test_compiling_before_any_call(blocked):
     assert child.stdout.splitlines()[-1] == "compiled"
     if blocked:
         assert child.stderr.count("runs on the slower backend 'reference' because cpu: accel._C did not load") == 1
+
+
+@pytest.mark.parametrize("op", dispatch.OPS.values(), ids=lambda op: op.name)
+def test_tensors_without_data_give_the_shape_of_the_output(op):
+    """On torch's meta device, where sizes and FLOPs of a model are counted before it has memory."""
+    args, kwargs = op.example("cpu", torch.float32)
+    want = op.function(*args, **kwargs)
+    args, kwargs = op.example("meta", torch.float32)
+    got = op.function(*args, **kwargs)
+    assert got.device.type == "meta"
+    assert (got.shape, got.dtype) == (want.shape, want.dtype)

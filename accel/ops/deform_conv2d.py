@@ -365,9 +365,9 @@ def deform_conv2d(
     args = _prepare(input, offset, weight, bias, stride, padding, dilation, mask)
     chosen = dispatch.select(OP, args, backend)
     if chosen.name == "reference" or args.input.numel() == 0:
-        with torch.autocast(input.device.type, enabled=False):  # it computes in fp32 on purpose
+        with library.without_autocast(input):
             return reference(*args)
-    if torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in args[:5]]):
+    if library.differentiated(OP.name, args[:5]):
         return _DeformConv2d.apply(*args, chosen.name)
     return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
 

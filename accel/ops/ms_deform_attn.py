@@ -386,9 +386,9 @@ def ms_deform_attn(
     )
     chosen = dispatch.select(OP, args, backend)
     if chosen.name == "reference" or args.value.numel() == 0 or args.attention_weights.numel() == 0:
-        with torch.autocast(value.device.type, enabled=False):  # it computes in fp32 on purpose
+        with library.without_autocast(value):
             return reference(*args)
-    if torch.is_grad_enabled() and any([x.requires_grad for x in args[:3]]):
+    if library.differentiated(OP.name, args[:3]):
         return _MSDeformAttn.apply(*args, chosen.name)
     return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
 

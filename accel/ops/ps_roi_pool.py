@@ -177,9 +177,9 @@ def ps_roi_pool(
     args = _prepare(input, boxes, output_size, spatial_scale)
     chosen = dispatch.select(OP, args, backend)
     if chosen.name == "reference" or args.input.numel() == 0 or args.boxes.numel() == 0:
-        with torch.autocast(input.device.type, enabled=False):  # it computes in fp32 on purpose
+        with library.without_autocast(input):
             return reference(*args)
-    if torch.is_grad_enabled() and args.input.requires_grad:
+    if library.differentiated(OP.name, args[:1]):
         return _PsRoiPool.apply(*args, chosen.name)
     return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
 

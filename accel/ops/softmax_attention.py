@@ -480,9 +480,9 @@ def softmax_attention(
 def _run(args: Args, backend: str | None) -> tuple[Tensor, Tensor]:
     chosen = dispatch.select(OP, args, backend)
     if chosen.name == "reference" or args.q.numel() == 0 or args.v.numel() == 0:
-        with torch.autocast(args.q.device.type, enabled=False):  # it computes in fp32 on purpose
+        with library.without_autocast(args.q):
             return reference(*args)
-    if torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args[:_DIFFERENTIABLE]]):
+    if library.differentiated(OP.name, args[:_DIFFERENTIABLE]):
         return _SoftmaxAttention.apply(*args, chosen.name)
     return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
 

@@ -456,9 +456,9 @@ def window_attention(
     )
     chosen = dispatch.select(OP, args, backend)
     if chosen.name == "reference" or args.qkv.numel() == 0:
-        with torch.autocast(qkv.device.type, enabled=False):  # it computes in fp32 on purpose
+        with library.without_autocast(qkv):
             out = reference(*args)[0]
-    elif torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in args[:5]]):
+    elif library.differentiated(OP.name, args[:5]):
         out = _WindowAttention.apply(*args, chosen.name)[0]
     else:  # torch.compile cannot trace the Function where nothing requires a gradient
         out = _forward_op(*args, chosen.name)[0]

@@ -24,6 +24,7 @@ from accel.testing.running import (
     op_of,
     poisoned,
     prepared,
+    random_like,
     record,
     require,
     run,
@@ -282,6 +283,33 @@ def check_second_derivative(function: Callable[..., Any], case: Case, backend: s
         assert re.search(f"{op_of(function).name}.*reference", str(error)), str(error)
 
 
+def check_forward_mode(function: Callable[..., Any], case: Case, backend: str, device: str = "cpu") -> None:
+    """The reference's forward-mode derivative agrees with the gradient; a kernel refuses one in words."""
+    tensors, kwargs, grad_out = prepared(function, case, torch.float32, device)
+    require(function, backend, tensors, kwargs)
+    given = double(tensors) if backend == "reference" else tensors
+
+    def along(name: str, tangent: Tensor) -> Tensor:
+        def call(x: Tensor) -> Any:
+            torch.manual_seed(SEED)
+            return function(**{**given, name: x}, **kwargs, backend=backend)
+
+        derivative: Tensor = torch.func.jvp(call, (given[name],), (tangent,))[1]
+        return derivative
+
+    for name in [n for n, t in given.items() if t.is_floating_point()]:
+        tangent = random_like(given[name])
+        if backend != "reference":
+            error = _error(functools.partial(along, name, tangent))
+            assert isinstance(error, NotImplementedError), f"{backend}, forward mode by {name}: {error!r}"
+            assert re.search(f"{op_of(function).name}.*forward-mode.*reference", str(error)), str(error)
+            continue
+        grad = run(function, given, kwargs, backend, [name], grad_out.double()).grads[name]
+        assert grad is not None
+        got, want = (along(name, tangent) * grad_out).sum(), (grad * tangent).sum()
+        assert torch.allclose(got, want, rtol=1e-6, atol=1e-8), f"{name}: {got=}, {want=}"
+
+
 def check_transforms(function: Callable[..., Any], case: Case, backend: str, device: str = "cpu") -> None:
     """``torch.func.grad`` is right; ``vmap`` is right, or a kernel refuses it in words."""
     tensors, kwargs, grad_out = prepared(function, case, torch.float32, device)
@@ -400,6 +428,7 @@ BEHAVIOUR: tuple[Callable[..., None], ...] = (
     check_repeat,
     check_batch,
     check_second_derivative,
+    check_forward_mode,
     check_transforms,
     check_checkpoint,
     check_autocast,
