@@ -120,7 +120,7 @@ template <int M, int N, int Groups>
 struct Tile {
   static constexpr int threads = 128 * Groups, rows = 64 * M * Groups, blocks = N;
   static constexpr int stages = N == 1 ? 4 : 3;
-  static constexpr int stage = N * product::block;  // elements
+  static constexpr int stage = N * product::block;  // elements of 2 bytes
   static constexpr int row = columns + 8;           // of a warp's results in shared memory, apart in their banks
   static constexpr size_t shared = 1024 + 2 * stages * stage + rows * (3 * (sizeof(Spot) + 1) + 8) + 3 * rows / 4;
   static_assert(Groups * 4 * 16 * row <= stages * stage);
