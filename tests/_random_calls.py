@@ -28,6 +28,17 @@ def calls(count: int) -> Any:
     )
 
 
+def cpu_calls(cases: Any) -> Any:
+    """A test of a case, a dtype and a number of threads gets 600 calls."""
+    drawn = hypothesis.given(cases, st.sampled_from(DTYPES), st.sampled_from([1, 2, 5]))
+    return lambda test: calls(600)(drawn(test))
+
+
+def cuda_calls(*cases: Any) -> Any:
+    """A test gets 150 calls, each run thread by thread."""
+    return lambda test: calls(150)(hypothesis.given(*cases)(test))
+
+
 def exactly(got: Tensor, expected: Tensor, what: str) -> None:
     """``expected``, an exact result in float64, rounded once."""
     assert_same(got, expected.to(got.dtype), what)

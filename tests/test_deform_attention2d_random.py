@@ -7,13 +7,11 @@ from typing import Any
 
 import test_deform_attention2d_cuda_host as cuda
 import torch
-from _random_calls import DTYPES, calls, check_on_cpu, hypothesis, st, window
+from _random_calls import check_on_cpu, cpu_calls, cuda_calls, hypothesis, st, window
 from test_deform_attention2d import case, whole
 
 import accel
 from accel.testing import Case
-
-given = hypothesis.given
 
 
 @st.composite
@@ -32,13 +30,11 @@ def attentions(draw: Any, most: int) -> Case:
     return case(f"{size=}, {more}", size, **more, change=functools.partial(whole, 2), family="exact")
 
 
-@calls(600)
-@given(attentions(400_000), st.sampled_from(DTYPES), st.sampled_from([1, 2, 5]))
+@cpu_calls(attentions(400_000))
 def test_cpu(of: Case, dtype: torch.dtype, threads: int) -> None:
     check_on_cpu(accel.deform_attention2d, of, dtype, threads)
 
 
-@calls(150)
-@given(attentions(60_000))
+@cuda_calls(attentions(60_000))
 def test_cuda_kernels(of: Case) -> None:
     cuda.check(of, torch.float32)

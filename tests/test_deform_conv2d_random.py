@@ -7,14 +7,12 @@ from typing import Any
 import _cuda_host as host
 import test_deform_conv2d_forward_cuda_host as cuda
 import torch
-from _random_calls import DTYPES, calls, check_on_cpu, exactly, hypothesis, st, window
+from _random_calls import check_on_cpu, cpu_calls, cuda_calls, exactly, hypothesis, st, window
 from test_deform_conv2d import case, on_integers
 
 import accel
 from accel.ops.deform_conv2d import OP
 from accel.testing import Case
-
-given = hypothesis.given
 
 
 @st.composite
@@ -33,18 +31,12 @@ def convolutions(draw: Any, of_group: tuple[int, ...], out_of_group: tuple[int, 
     return case(name, (channels, out), size, kernel, **more, change=on_integers, family="exact")
 
 
-@calls(600)
-@given(
-    convolutions((1, 2, 3, 5, 8, 16, 17, 40), (1, 2, 7, 8, 15, 16, 33, 64), 1, 4_000_000),
-    st.sampled_from(DTYPES),
-    st.sampled_from([1, 2, 5]),
-)
+@cpu_calls(convolutions((1, 2, 3, 5, 8, 16, 17, 40), (1, 2, 7, 8, 15, 16, 33, 64), 1, 4_000_000))
 def test_cpu(of: Case, dtype: torch.dtype, threads: int) -> None:
     check_on_cpu(accel.deform_conv2d, of, dtype, threads)
 
 
-@calls(150)
-@given(
+@cuda_calls(
     convolutions((64, 64, 128), (8, 16, 40, 72, 128, 136, 256), 64, 60_000_000),
     st.sampled_from(cuda.HALF),
     st.sampled_from([0, *cuda.TILES]),

@@ -6,13 +6,11 @@ from typing import Any
 
 import test_ms_deform_attn_cuda_host as cuda
 import torch
-from _random_calls import DTYPES, calls, check_on_cpu, hypothesis, st
+from _random_calls import check_on_cpu, cpu_calls, cuda_calls, hypothesis, st
 from test_ms_deform_attn import case, whole
 
 import accel
 from accel.testing import Case
-
-given = hypothesis.given
 
 
 @st.composite
@@ -36,13 +34,11 @@ def attentions(draw: Any, most: int) -> Case:
     return case(f"{shapes=}, {queries=}, {more}", shapes, queries, **more, change=whole(2), family="exact")
 
 
-@calls(600)
-@given(attentions(400_000), st.sampled_from(DTYPES), st.sampled_from([1, 2, 5]))
+@cpu_calls(attentions(400_000))
 def test_cpu(of: Case, dtype: torch.dtype, threads: int) -> None:
     check_on_cpu(accel.ms_deform_attn, of, dtype, threads)
 
 
-@calls(150)
-@given(attentions(60_000))
+@cuda_calls(attentions(60_000))
 def test_cuda_kernels(of: Case) -> None:
     cuda.check(of, torch.float32)

@@ -12,8 +12,6 @@
 
 #include "cuda/_deform_conv_forward.h"
 
-#include <iterator>
-
 #include "cuda/_gather.cuh"
 #include "cuda/_product.cuh"
 
@@ -116,13 +114,13 @@ struct Output {
 };
 
 // A block's `Groups` of four warps, each with M products of 64 outputs and N of 128 columns.
-template <int M, int N, int Groups>
+template <class T, int M, int N, int Groups>
 struct Tile {
-  static constexpr int threads = 128 * Groups, rows = 64 * M * Groups, blocks = N;
+  static constexpr int threads = 128 * Groups, rows = 64 * M * Groups;
   static constexpr int stages = N == 1 ? 4 : 3;
-  static constexpr int stage = N * product::block;  // elements of 2 bytes
+  static constexpr int stage = N * product::block;  // elements
   static constexpr int row = columns + 8;           // of a warp's results in shared memory, apart in their banks
-  static constexpr size_t shared = 1024 + 2 * stages * stage + rows * (3 * (sizeof(Spot) + 1) + 8) + 3 * rows / 4;
+  static constexpr size_t shared = 1024 + sizeof(T) * stages * stage + rows * (3 * (sizeof(Spot) + 1) + 8) + 3 * rows / 4;
   static_assert(Groups * 4 * 16 * row <= stages * stage);
 };
 
@@ -173,7 +171,7 @@ __device__ __forceinline__ void gather(uint32_t (&a)[2][4], const char* input, c
 template <class T, int M, int N, int Groups>
 __global__ void __launch_bounds__(128 * Groups, 1)
     convolve(const __grid_constant__ Call p, const T* input, const T* packed, T* out) {
-  using Its = Tile<M, N, Groups>;
+  using Its = Tile<T, M, N, Groups>;
   constexpr int rows = Its::rows, stages = Its::stages;
   ACCEL_DYNAMIC_SHARED(unsigned char, raw);
   auto* memory = raw + (1024 - reinterpret_cast<uintptr_t>(raw) % 1024) % 1024;
@@ -384,43 +382,49 @@ int64_t packed_elements(const Call& call) {
   return int64_t{call.channels / call.in_group} * call.blocks * call.steps * product::block;
 }
 
-// Tiles, and how long one takes for each output and column: more columns share what is gathered, more outputs the
+template <class T, int M, int N, int Groups>
+cudaError_t run(const Call& call, const T* input, const T* packed, T* out, cudaStream_t stream) {
+  using Its = Tile<T, M, N, Groups>;
+  int64_t tiles = (call.total + Its::rows - 1) / Its::rows * (call.channels / call.in_group);
+  unsigned grid = blocks_for(tiles * (call.blocks / N), 1);
+  return launch(convolve<T, M, N, Groups>, dim3(grid), dim3(Its::threads), Its::shared, stream, call, input, packed, out);
+}
+
+// A tile, and how long it takes for each output and column: more columns share what is gathered, more outputs the
 // weights that are fetched.
+template <class T>
 struct Kind {
   int outputs, blocks;
   size_t shared;
   float cost;
+  cudaError_t (*run)(const Call&, const T* input, const T* packed, T* out, cudaStream_t);
 };
-template <class Its>
-constexpr Kind kind(float cost) {
-  return {Its::rows, Its::blocks, Its::shared, cost};
+template <class T, int M, int N, int Groups>
+constexpr Kind<T> kind(float cost) {
+  using Its = Tile<T, M, N, Groups>;
+  return {Its::rows, N, Its::shared, cost, run<T, M, N, Groups>};
 }
-constexpr Kind kinds[] = {kind<Tile<2, 1, 2>>(1.f), kind<Tile<1, 2, 2>>(.9f), kind<Tile<1, 1, 3>>(1.05f),
-                          kind<Tile<1, 1, 2>>(1.2f), kind<Tile<1, 1, 1>>(1.3f)};
+template <class T>
+constexpr Kind<T> kinds[] = {kind<T, 2, 1, 2>(1.f), kind<T, 1, 2, 2>(.9f), kind<T, 1, 1, 3>(1.05f),
+                             kind<T, 1, 1, 2>(1.2f), kind<T, 1, 1, 1>(1.3f)};
 
-// Which of the kinds, from 1: the one asked for, or the fastest; 0 if none can be had.
-int tile_for(const DeformConv2dForward& p, const Call& call) {
-  int best = 0, processors = max(p.processors, 1);
+// The kind asked for, or the fastest; null if none can be had.
+template <class T>
+const Kind<T>* choose(const DeformConv2dForward& p, const Call& call) {
+  const Kind<T>* best = nullptr;
+  int processors = max(p.processors, 1);
   float least = 0.f;
-  for (int i = 0; i < int(std::size(kinds)); ++i) {
-    const Kind& kind = kinds[i];
-    if (call.blocks % kind.blocks || kind.shared > size_t(p.shared) || (p.tile && p.tile != i + 1)) continue;
+  for (const Kind<T>& kind : kinds<T>) {
+    if (call.blocks % kind.blocks || kind.shared > size_t(p.shared)) continue;
+    if (p.tile && p.tile != 1 + int(&kind - kinds<T>)) continue;
     int64_t tiles = (call.total + kind.outputs - 1) / kind.outputs * (call.blocks / kind.blocks) *
                     (call.channels / call.in_group);
     float time = float((tiles + processors - 1) / processors) * float(kind.outputs * kind.blocks) * kind.cost;
     if (best && time >= least) continue;
-    best = i + 1;
+    best = &kind;
     least = time;
   }
   return best;
-}
-
-template <class T, int M, int N, int Groups>
-cudaError_t run(const Call& call, const T* input, const T* packed, T* out, cudaStream_t stream) {
-  using Its = Tile<M, N, Groups>;
-  int64_t tiles = (call.total + Its::rows - 1) / Its::rows * (call.channels / call.in_group);
-  unsigned grid = blocks_for(tiles * (call.blocks / N), 1);
-  return launch(convolve<T, M, N, Groups>, dim3(grid), dim3(Its::threads), Its::shared, stream, call, input, packed, out);
 }
 
 template <class T>
@@ -429,18 +433,13 @@ cudaError_t forward(const DeformConv2dForward& p, const Call& call, cudaStream_t
   auto* packed = static_cast<T*>(p.packed);
   auto* out = static_cast<T*>(p.out);
   if (call.total == 0) return cudaSuccess;
+  const Kind<T>* kind = choose<T>(p, call);
+  if (!kind) return cudaErrorInvalidValue;
   int64_t parts = packed_elements(call) / 8;
   cudaError_t error = launch(pack<T>, dim3(blocks_for(parts, 256)), dim3(256), 0, stream, call,
                              static_cast<const T*>(p.weight), packed, parts);
   if (error != cudaSuccess) return error;
-  switch (tile_for(p, call)) {
-    case 1: return run<T, 2, 1, 2>(call, input, packed, out, stream);
-    case 2: return run<T, 1, 2, 2>(call, input, packed, out, stream);
-    case 3: return run<T, 1, 1, 3>(call, input, packed, out, stream);
-    case 4: return run<T, 1, 1, 2>(call, input, packed, out, stream);
-    case 5: return run<T, 1, 1, 1>(call, input, packed, out, stream);
-    default: return cudaErrorInvalidValue;
-  }
+  return kind->run(call, input, packed, out, stream);
 }
 
 }  // namespace
