@@ -36,6 +36,19 @@ def register(
     return packet.default
 
 
+def _refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor]) -> None:
+    """Kernels have no forward-mode derivative, and torch would take it for zero."""
+    if forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in tensors]):
+        raise NotImplementedError(f"{name}: forward-mode derivatives exist only on backend='reference'")
+
+
+def differentiated(op: str, arguments: Iterable[Any]) -> bool:
+    """Whether autograd is to record a call of the kernels of ``op``."""
+    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+    _refuse_forward_mode(op, tensors)
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+
+
 class _Once(torch.autograd.Function):
     """Runs a backward op and makes a second derivative an error instead of a silently missing term."""
 
@@ -56,16 +69,8 @@ class _Once(torch.autograd.Function):
 
 def once_differentiable(op: Any, *args: Any) -> Any:
     """Call a backward op from inside ``autograd.Function.backward``."""
+    _refuse_forward_mode(str(op), [x for x in args if isinstance(x, torch.Tensor)])
     return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
-
-
-def differentiated(op: str, arguments: Iterable[Any]) -> bool:
-    """Whether autograd is to record a call of the kernels of ``op``, which have no forward-mode derivative: torch would
-    take it for zero."""
-    tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    if forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in tensors]):
-        raise NotImplementedError(f"{op}: forward-mode derivatives exist only on backend='reference'")
-    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
 
 
 def _has_autocast(device: str) -> bool:

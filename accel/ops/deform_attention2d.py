@@ -299,7 +299,7 @@ def deform_attention2d(
         ``(N, Ho, Wo, C)`` in the dtype of ``input``, contiguous, with Ho = ⌊(H + 2p − d·(kh−1) − 1) / s⌋ + 1.
 
     Gradients exist for the three tensors. A kernel's are the same bits every time: what reaches a pixel is summed in a
-    fixed order, without atomics. Second derivatives are the reference's; a kernel refuses them.
+    fixed order, without atomics. Second and forward-mode derivatives are the reference's; a kernel refuses them.
 
     Raises:
         TypeError: a tensor that must be floating is not.

@@ -353,7 +353,7 @@ def deform_conv2d(
 
     Gradients exist for all five tensors. A kernel's are the same bits every time: what reaches a pixel is summed in a
     fixed order, without atomics; in the backward of ``cuda`` this rests on cuBLAS, which repeats its products on one
-    stream. Second derivatives are the reference's; a kernel refuses them.
+    stream. Second and forward-mode derivatives are the reference's; a kernel refuses them.
 
     Raises:
         TypeError: a tensor that must be floating is not, or ``input`` and ``weight`` differ in dtype.

@@ -372,7 +372,8 @@ def ms_deform_attn(
         ``(N, Q, M·D)`` in the dtype of ``value``, contiguous.
 
     Gradients exist for the three floating tensors. A kernel's are the same bits every time: what reaches a pixel is
-    summed in a fixed order, without atomics. Second derivatives are the reference's; a kernel refuses them.
+    summed in a fixed order, without atomics. Second and forward-mode derivatives are the reference's; a kernel refuses
+    them.
 
     Raises:
         TypeError: a tensor that must be floating, or integer, is not.

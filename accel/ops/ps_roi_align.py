@@ -197,7 +197,8 @@ def ps_roi_align(
         ``(K, C / (ph·pw), ph, pw)`` in the dtype of ``input``, contiguous.
 
     Gradients exist for ``input``, not for ``boxes``. They are the same bits every time: what reaches a pixel is summed
-    in the order of the boxes, without atomics. Second derivatives are the reference's; a kernel refuses them.
+    in the order of the boxes, without atomics. Second and forward-mode derivatives are the reference's; a kernel
+    refuses them.
 
     Raises:
         TypeError: a tensor that must be floating is not, or ``sampling_ratio`` is no integer.

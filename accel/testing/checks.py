@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from accel import dispatch, guard
@@ -289,6 +290,11 @@ def check_forward_mode(function: Callable[..., Any], case: Case, backend: str, d
     require(function, backend, tensors, kwargs)
     given = double(tensors) if backend == "reference" else tensors
 
+    def refused(call: Callable[[], Any], what: str) -> None:
+        error = _error(call)
+        assert isinstance(error, NotImplementedError), f"{backend}, forward mode {what}: {error!r}"
+        assert re.search(f"{op_of(function).name}.*forward-mode.*reference", str(error)), str(error)
+
     def along(name: str, tangent: Tensor) -> Tensor:
         def call(x: Tensor) -> Any:
             torch.manual_seed(SEED)
@@ -300,9 +306,11 @@ def check_forward_mode(function: Callable[..., Any], case: Case, backend: str, d
     for name in [n for n, t in given.items() if t.is_floating_point()]:
         tangent = random_like(given[name])
         if backend != "reference":
-            error = _error(functools.partial(along, name, tangent))
-            assert isinstance(error, NotImplementedError), f"{backend}, forward mode by {name}: {error!r}"
-            assert re.search(f"{op_of(function).name}.*forward-mode.*reference", str(error)), str(error)
+            refused(functools.partial(along, name, tangent), f"by {name}")
+            out = function(**{**given, name: given[name].detach().requires_grad_()}, **kwargs, backend=backend)
+            with forward_ad.dual_level():
+                upstream = forward_ad.make_dual(grad_out, grad_out)
+                refused(functools.partial(out.backward, upstream), f"through the gradient of {name}")
             continue
         grad = run(function, given, kwargs, backend, [name], grad_out.double()).grads[name]
         assert grad is not None
