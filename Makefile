@@ -78,7 +78,7 @@ gpu: build/.system
 	mkdir -p $(OUT)
 	-$(PYTHON) -m accel doctor > $(OUT)/doctor.txt 2>&1; cat $(OUT)/doctor.txt
 	-timeout 240 $(PYTHON) -m pytest -v --maxfail=30 -p no:cacheprovider -m "not slow" --junitxml=$(OUT)/tests.xml \
-		tests/test_*_gpu.py tests/test_*_triton.py > $(OUT)/tests.txt 2>&1; \
+		tests/*/test_*_gpu.py tests/*/test_*_triton.py > $(OUT)/tests.txt 2>&1; \
 		tail -n 40 $(OUT)/tests.txt
 	-timeout 210 $(PYTHON) -m accel bench --device cuda --budget 180 --out $(OUT)/bench > $(OUT)/bench.txt 2>&1; \
 		tail -n 80 $(OUT)/bench.txt

@@ -1,8 +1,8 @@
 """Build of the optional native extension ``accel._C``.
 
 One shared library: pybind11 for build facts, LibTorch's stable ABI for the ops, so that one build serves many torch
-versions. Kernel files (``csrc/cpu/<op>/kernel.cpp``) include no torch header and are compiled once per instruction
-set; which one runs is decided at load time. Ninja does the work; no GPU is needed.
+versions. Kernel files (``csrc/cpu/<family>/<op>/kernel.cpp``) include no torch header and are compiled once per
+instruction set; which one runs is decided at load time. Ninja does the work; no GPU is needed.
 Where nvcc is found, ``csrc/cuda`` is built in too, against any build of torch: what it needs of a CUDA build is looked
 up when the library loads.
 
@@ -135,7 +135,7 @@ class BuildNative(build_ext):
         includes = [pybind11.get_include(), *include_paths(), sysconfig.get_paths()["include"]]
         warnings = "-Wall -Wextra -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"  # last: gcc 12's headers
         numerics = "-ffp-contract=fast -fno-math-errno"
-        shared = f"-fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}=."
+        shared = f"-I{ROOT / 'csrc'} -fPIC -fvisibility=hidden -ffile-prefix-map={ROOT}=."
         # whole cache lines of instructions: by where a loop happens to begin it takes up to a quarter longer
         common = f"-std=c++20 -O3 -falign-loops=64 {shared} {warnings} {numerics}"
         binding = [
@@ -154,18 +154,18 @@ class BuildNative(build_ext):
             writer.rule("link", link, description="$out")
             # Ascending levels: of an inline function emitted twice the linker keeps the first, the most portable.
             for name, width, flags in levels:
-                for source in sorted((ROOT / "csrc/cpu").glob("*/kernel.cpp")):
+                for source in sorted((ROOT / "csrc/cpu").glob("*/*/kernel.cpp")):
                     out = f"{source.parent.name}.{name}.o"
                     defines = [f"-DACCEL_ISA={name}", f"-DACCEL_WIDTH={width}"]
                     writer.build(out, "cxx", str(source), variables={"flags": " ".join([*flags, *defines])})
                     objects.append(out)
-            bindings = sorted((ROOT / "csrc/cpu").glob("*/binding.cpp"))
+            bindings = sorted((ROOT / "csrc/cpu").glob("*/*/binding.cpp"))
             if cuda.nvcc:
                 writer.rule("cuda", cuda.compile(shared), depfile="$out.d", deps="gcc", description="$out")
-                for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                for source in sorted((ROOT / "csrc/cuda").rglob("*.cu")):
                     objects.insert(0, f"{source.name}.o")
                     writer.build(objects[0], "cuda", str(source))
-                bindings += sorted((ROOT / "csrc/cuda").glob("*.cpp"))
+                bindings += sorted((ROOT / "csrc/cuda").rglob("*.cpp"))
             for source in [ROOT / "csrc/bindings.cpp", *bindings]:
                 objects.insert(0, f"{source.parent.name}.{source.stem}.o")
                 flags = " ".join([*binding, *(facts if source.stem == "bindings" else [])])
@@ -183,8 +183,14 @@ class BuildNative(build_ext):
             print(result.stdout)
 
 
+def packages(name: str, folder: str) -> list[str]:
+    """The package ``name`` in ``folder`` and those below it; links are not followed."""
+    found = [Path(at) for at, _, files in os.walk(ROOT / folder) if any(file.endswith(".py") for file in files)]
+    return sorted(".".join([name, *path.relative_to(ROOT / folder).parts]) for path in found)
+
+
 setup(
-    packages=["accel", "accel.nn", "accel.ops", "accel.patches", "accel.testing", "accel.kernels", "accel.benchmarks"],
+    packages=[*packages("accel", "accel"), *packages("accel.kernels", "kernels"), "accel.benchmarks"],
     # A wheel takes these two from their real place, so it does not need the links in accel/.
     package_dir={"accel": "accel", "accel.kernels": "kernels", "accel.benchmarks": "benchmarks"},
     package_data={"accel": ["py.typed", "_build_log.txt"]},

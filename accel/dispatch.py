@@ -208,17 +208,24 @@ def native(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def triton(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of ``accel.kernels.<op>``."""
+    """Forward and backward of the Triton leaf of ``op``, the op's own module name."""
+    name = leaf_of(op)
 
     def forward(*args: Any) -> Any:
-        return leaf(f"accel.kernels.{op}")[0].forward(*args)
+        return leaf(name)[0].forward(*args)
 
     def backward(*args: Any) -> Any:
-        return leaf(f"accel.kernels.{op}")[0].backward(*args)
+        return leaf(name)[0].backward(*args)
 
     return forward, backward
 
 
+def leaf_of(op: str) -> str:
+    """``accel.kernels.<family>.<op>``, found from the op's own module name, ``accel.ops.<family>.<op>``."""
+    return op.replace("accel.ops.", "accel.kernels.", 1)
+
+
 def why_not_triton(op: str, args: Any) -> str | None:
-    """Why ``accel.kernels.<op>`` did not load or does not take the call."""
-    return leaf_reason(f"accel.kernels.{op}") or leaf(f"accel.kernels.{op}")[0].why_not(args)
+    """Why the Triton leaf of ``op``, the op's own module name, did not load or does not take the call."""
+    name = leaf_of(op)
+    return leaf_reason(name) or leaf(name)[0].why_not(args)

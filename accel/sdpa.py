@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.ops.softmax_attention import softmax_attention
+from accel.ops.attention.softmax_attention import softmax_attention
 
 __all__ = ["scaled_dot_product_attention"]
 

@@ -18,7 +18,7 @@ import accel
 from accel import dispatch
 from accel.benchmarks._torchvision import allow_import
 from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, UnavailableError, one_thread
-from accel.ops.deform_conv2d import OP
+from accel.ops.deformable.deform_conv2d import OP
 
 NAME = "deform_conv2d"
 ON_A_GPU = ("triton", "cuda")

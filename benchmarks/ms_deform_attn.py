@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import accel
 from accel import dispatch
 from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, one_thread
-from accel.ops.ms_deform_attn import OP
+from accel.ops.deformable.ms_deform_attn import OP
 
 NAME = "ms_deform_attn"
 PROVIDERS = ("accel", "eager", ONE_THREAD, "compile")  # ours never after ours, whose inputs would be in the caches yet

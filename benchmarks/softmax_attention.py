@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import accel
 from accel import dispatch
 from accel.benchmarks.harness import Case, Cost, Goal, Provider
-from accel.ops.softmax_attention import OP
+from accel.ops.attention.softmax_attention import OP
 
 NAME = "softmax_attention"
 PROVIDERS = ("accel", "sdpa", "sdpa without bias", "accel without mask", "triton", "sdpa efficient")

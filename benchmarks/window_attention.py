@@ -21,7 +21,7 @@ from torch import Tensor
 import accel
 from accel import dispatch
 from accel.benchmarks.harness import Case, Cost, Goal, Provider
-from accel.ops.window_attention import LN_100, OP, relative_position_index
+from accel.ops.windows.window_attention import LN_100, OP, relative_position_index
 
 NAME = "window_attention"
 PROVIDERS = ("accel", "eager", "compile", "sdpa")

@@ -55,7 +55,7 @@ def _digest(*parts: bytes) -> str:
 
 def _shared_sources() -> bytes:
     """What every build depends on: the headers of csrc, the shim, this file."""
-    files = [*ROOT.glob("csrc/*.cuh"), *ROOT.glob("csrc/cuda/*.cuh"), *ROOT.glob("csrc/cuda/*.h")]
+    files = [*ROOT.glob("csrc/*.cuh"), *ROOT.glob("csrc/cuda/**/*.cuh"), *ROOT.glob("csrc/cuda/**/*.h")]
     files += [*SHIM.glob("*"), *SHIM.glob("planted/*.h"), Path(__file__)]
     return b"".join(path.read_bytes() for path in sorted(files) if path.is_file())
 
@@ -109,12 +109,11 @@ def build(sources: Sequence[Path], mode: str, defines: Sequence[str] = ()) -> Pa
     return _kept(variant, key, make)
 
 
-def binding(op: str, sources: Sequence[Path], defines: Sequence[str] = ()) -> Path:
-    """A library with the CUDA binding of ``op`` over its kernels on the CPU, for ``call_ops``."""
+def binding(source: Path, sources: Sequence[Path], defines: Sequence[str] = ()) -> Path:
+    """A library with the CUDA binding of an op, ``source``, over its kernels on the CPU, for ``call_ops``."""
     from torch.utils.cpp_extension import include_paths
 
-    cuda = ROOT / "csrc" / "cuda"
-    source, kernels = cuda / f"{op}.cpp", [*sources, cuda / "_layout.cu", SHIM / "runtime.cpp", SHIM / "device.cpp"]
+    kernels = [*sources, ROOT / "csrc" / "cuda" / "_layout.cu", SHIM / "runtime.cpp", SHIM / "device.cpp"]
     data = [path.read_bytes() for path in (source, *kernels)]
     key = _digest(_shared_sources(), *data, compiler().encode(), torch.__version__.encode(), repr(defines).encode())
     target_version = re.search(r'TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text())
@@ -128,7 +127,7 @@ def binding(op: str, sources: Sequence[Path], defines: Sequence[str] = ()) -> Pa
         objects = [_compile(source, folder, [*flags, *of_torch]), *(_compile(x, folder, flags) for x in kernels)]
         _run([compiler(), "-shared", *objects, f"-L{libraries}", "-ltorch", "-ltorch_cpu", "-o", made])
 
-    return _kept(f"binding-{op}", key, make, ".so")
+    return _kept(f"binding-{source.stem}", key, make, ".so")
 
 
 _CALL = """
@@ -233,7 +232,7 @@ def program(source: Path, mode: str) -> Path:
 
 
 def scratch(images: int, groups: int, samples: int, pixels: int, mode: str) -> Tensor:
-    """As much as transpose_scratch in csrc/cuda/_transpose.cuh asks for, filled with what must not matter."""
+    """As much as transpose_scratch in csrc/cuda/deformable/transpose.cuh asks for, filled with what must not matter."""
 
     def up(size: int) -> int:
         return -(-size // 256) * 256

@@ -31,7 +31,7 @@ from accel.benchmarks import (
 )
 from accel.benchmarks._timing import Contender, Effort, Sample
 from accel.benchmarks.harness import Case, Cost, Goal, Provider, Row
-from accel.ops.softmax_attention import OP
+from accel.ops.attention.softmax_attention import OP
 
 CEILINGS = _machine.Ceilings(((1 << 20, 4e9), (1 << 30, 1e9)), {"fp32": 1e9, "bf16": 2e9})
 EFFORT = Effort(warmup=1, rounds=3, seconds=0.0, most=3, retries=0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 PLANTED = sorted((host.SHIM / "planted").glob("*.cu"))
-CUDA = sorted((host.ROOT / "csrc" / "cuda").glob("*.cu"))
+CUDA = sorted((host.ROOT / "csrc" / "cuda" / "deformable").glob("*.cu"))
 SEEDS = range(1, 9)
 
 

@@ -198,7 +198,10 @@ def test_a_gpu_without_cuda_kernels_is_told_why(toolkit, monkeypatch):
     ("blocked", "words"),
     [
         (["torch"], "PROBLEM: torch does not import: ImportError: torch is blocked"),
-        (["accel.ops.window_attention"], "does not import: ImportError: accel.ops.window_attention is blocked"),
+        (
+            ["accel.ops.windows.window_attention"],
+            "does not import: ImportError: accel.ops.windows.window_attention is blocked",
+        ),
         (["accel.dispatch"], "PROBLEM: accel does not import: ImportError: accel.dispatch is blocked"),
         (["accel._C", "triton"], "native extension  not loaded: accel._C did not load: ImportError: accel._C"),
     ],

@@ -5,12 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_window_attention import case
+from windows.test_window_attention import case
 
 import accel
-from accel import dispatch, guard, testing
-from accel.ops import window_attention as module
-from accel.ops.window_attention import OP
+from accel import dispatch, testing
+from accel.ops.windows import window_attention as module
+from accel.ops.windows.window_attention import OP
+from accel.testing import guard
 
 SMALL = case("small", (5, 7), (3, 4), (1, 2), heads=2, head_dim=4, qkv_bias=True)
 

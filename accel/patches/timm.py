@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.ops._attention_rules import Grid2D
+from accel.ops.attention.rules import Grid2D
 from accel.patches.entry import DROPOUT, LINEAR, SOFTMAX, Entry, why_not_bypass, why_not_dropout
 
 V1 = "timm.models.swin_transformer"

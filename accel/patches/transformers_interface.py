@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel.ops.softmax_attention import softmax_attention
+from accel.ops.attention.softmax_attention import softmax_attention
 from accel.patches.entry import why_not_dropout
 from accel.patches.stand import Stand, say_once
 from accel.patches.transformers_rules import (

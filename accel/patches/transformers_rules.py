@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from accel.ops._attention_rules import Grid2D, T5Buckets, grid_index
+from accel.ops.attention.rules import Grid2D, T5Buckets, grid_index
 
 MASKING = "transformers.masking_utils"
 

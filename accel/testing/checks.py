@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from accel import dispatch, guard
+from accel import dispatch
+from accel.testing import guard
 from accel.testing.running import (
     SEED,
     Case,

@@ -8,8 +8,8 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include "../check.h"
-#include "_runtime.h"
+#include "check.h"
+#include "cuda/_runtime.h"
 
 #ifndef ACCEL_HOST_CUDA
 // Only a CUDA build of torch has it. Weak, so that the same binary loads on a CPU build, where nothing calls it.

@@ -5,8 +5,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "_binding.h"
-#include "_layout.h"
+#include "cuda/_binding.h"
+#include "cuda/_layout.h"
 
 namespace accel {
 

@@ -1,6 +1,6 @@
 // What bindings ask of the device (cuda/_runtime.h), where their kernels run on the CPU.
 
-#include "../cuda/_runtime.h"
+#include "cuda/_runtime.h"
 #include "runtime.h"
 
 extern "C" const char* accel_cuda_text(int) { return accel_host_error(); }

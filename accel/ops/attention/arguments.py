@@ -1,0 +1,436 @@
+"""Checking the arguments of :func:`accel.softmax_attention`, and turning rules into the tensors kernels read."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from accel.ops.attention.rules import (
+    BiasIndex,
+    BlockCausal,
+    BlockDiffusion,
+    Grid2D,
+    Pattern,
+    PrefixLM,
+    Queries,
+    T5Buckets,
+    at_most,
+    key_intervals,
+)
+
+INT32_MAX = 2**31 - 1
+
+
+# --- what is the same at every call of a model is made once ---
+
+
+def _may_remember(*tensors: Tensor) -> bool:
+    """Whether what follows from these tensors' values or shapes may outlive the call: they are plain tensors, whose
+    changes are counted, outside of tracing and of the capture of a CUDA graph."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if any([type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors]):
+        return False
+    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+class _Recent(OrderedDict[Any, Tensor]):
+    """The last few tensors made, by what they were made from."""
+
+    def get_or_make(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        if key in self:
+            self.move_to_end(key)
+        else:
+            with torch.inference_mode(False):  # a later call may save it for a backward
+                self[key] = make()
+            if len(self) > 64:
+                self.popitem(last=False)
+        return self[key]
+
+
+_recent = _Recent()
+
+
+class _IndexFacts(NamedTuple):
+    version: int
+    low: int
+    high: int
+    line: Tensor | None  # the values along i − j = −(S−1) .. T−1 where nothing else matters
+    small: Tensor | None  # int32, where the index is of another type than the kernels read
+
+
+_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _along_diagonals(index: Tensor) -> Tensor:
+    """The value on each diagonal of ``(T, S)``, by i − j from −(S−1) on."""
+    return torch.cat([index[0].flip(0), index[1:, 0]])
+
+
+def _index_facts(index: Tensor) -> _IndexFacts:
+    """Range and structure of an index, read once per tensor and version: it is the same at every call of a model."""
+    may = _may_remember(index)
+    known = _facts.get(index) if may else None
+    if known is None or known.version != index._version:
+        with torch.inference_mode(False):  # a later call may save it for a backward
+            known = _read_index(index, index._version if may else 0)
+        if may:
+            _facts[index] = known
+    return known
+
+
+def _read_index(index: Tensor, version: int) -> _IndexFacts:
+    toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
+    low, high = (int(x) for x in torch.aminmax(index))
+    line = _along_diagonals(index).to(torch.int64) if toeplitz else None
+    other = line is None and not (index.dtype in (torch.int32, torch.int64) and index.is_contiguous())
+    fits = other and low > -INT32_MAX and high < INT32_MAX
+    return _IndexFacts(version, low, high, line, index.to(torch.int32).contiguous() if fits else None)
+
+
+def check_float(x: Any, name: str, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+
+
+def broadcast(x: Tensor, name: str, full: Sequence[int]) -> Tensor:
+    """``x`` as a 4-D tensor whose sizes are those of ``full`` or 1."""
+    if x.dim() > 4:
+        raise ValueError(f"{name} must broadcast to {tuple(full)} (B, Hq, T, S), got {tuple(x.shape)=}")
+    asked = x.requires_grad and x.is_leaf  # for the gradient of each of its elements
+    x = x.reshape([1] * (4 - x.dim()) + list(x.shape))
+    if any([n not in (1, m) for n, m in zip(x.shape, full, strict=True)]):
+        raise ValueError(f"{name} must broadcast to {tuple(full)} (B, Hq, T, S), got {tuple(x.shape)}")
+    # an axis that was expanded is read and differentiated once
+    for axis in range(0 if asked else 4):
+        if x.shape[axis] > 1 and x.stride(axis) == 0:
+            x = x.narrow(axis, 0, 1)
+    return x
+
+
+class Packed(NamedTuple):
+    """Checked offsets of a packed batch, and bounds of its lengths that need no look at a device."""
+
+    q: Tensor  # int32
+    k: Tensor
+    longest_q: int
+    longest_k: int
+    sequences: int
+    same: bool  # keys are packed as queries are
+    recent: _Recent  # tensors made from these offsets
+
+
+def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
+    """Check one ``cu_seqlens`` and return the longest sequence, or a bound of it where the values are on a GPU."""
+    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {getattr(given, 'dtype', type(given).__name__)}")
+    if given.dim() != 1 or given.numel() < 2:
+        raise ValueError(f"{name} must hold the starts of sequences and the end of the last, got {tuple(given.shape)=}")
+    if given.device != q.device:
+        raise ValueError(f"{name} is on {given.device} but q is on {q.device}")
+    if given.device.type != "cpu" or torch.compiler.is_compiling():
+        return total
+    values = given.tolist()
+    lengths = [b - a for a, b in itertools.pairwise(values)]
+    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
+        shown = values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]
+        raise ValueError(f"{name} must rise from 0 to the {total} packed tokens without falling, got {shown}")
+    return max(lengths)
+
+
+class _PackedFacts(NamedTuple):
+    version: int
+    other: Callable[[], Tensor | None]  # cu_seqlens_k, as long as it lives
+    other_version: int
+    totals: tuple[int, int]
+    packed: Packed
+
+
+_packed_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed | None:
+    if cu_q is None:
+        if cu_k is not None:
+            raise ValueError(f"cu_seqlens_k needs cu_seqlens_q, got {tuple(cu_k.shape)=} alone")
+        return None
+    if q.shape[0] != 1:
+        raise ValueError(f"the packed form is (1, H, total, D), got {tuple(q.shape)=}")
+    given = [x for x in (cu_q, cu_k) if x is not None]
+    if not all([isinstance(x, Tensor) for x in given]) or not _may_remember(*given):
+        return _read_packed(cu_q, cu_k, q, k)
+    other = cu_q if cu_k is None else cu_k
+    key = (cu_q._version, other._version, (q.shape[2], k.shape[2]))
+    known = _packed_facts.get(cu_q)
+    if known is None or known.other() is not other or (known.version, known.other_version, known.totals) != key:
+        known = _PackedFacts(key[0], weakref.ref(other), key[1], key[2], _read_packed(cu_q, cu_k, q, k))
+        _packed_facts[cu_q] = known
+    return known.packed
+
+
+def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed:
+    longest_q = _check_offsets(cu_q, "cu_seqlens_q", q.shape[2], q)
+    small = cu_q.to(torch.int32, copy=True)  # what is known of a tensor must not keep it alive
+    if cu_k is None:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(
+                f"cu_seqlens_k is needed where queries and keys differ in number: {tuple(q.shape)=}, {tuple(k.shape)=}"
+            )
+        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True, _Recent())
+    longest_k = _check_offsets(cu_k, "cu_seqlens_k", k.shape[2], q)
+    if cu_k.numel() != cu_q.numel():
+        raise ValueError(f"as many sequences of queries as of keys: {tuple(cu_q.shape)=}, {tuple(cu_k.shape)=}")
+    return Packed(small, cu_k.to(torch.int32, copy=True), longest_q, longest_k, cu_q.numel() - 1, False, _Recent())
+
+
+class Rule(NamedTuple):
+    left: int
+    right: int
+    top_left: bool
+    patterns: tuple[Pattern, ...]
+
+    @property
+    def everything(self) -> bool:
+        return self.left < 0 and self.right < 0 and not self.patterns
+
+
+def read_rule(causal: bool | str, window: Sequence[int] | None, pattern: Any) -> Rule:
+    if causal not in (False, True, "top_left", "bottom_right"):
+        raise ValueError(f"causal must be True, False, 'top_left' or 'bottom_right', got {causal=}")
+    left, right = -1, -1
+    if window is not None:
+        if isinstance(window, int) or len(window) != 2 or any([not isinstance(n, int) or n < -1 for n in window]):
+            raise ValueError(f"window must be (left, right), each at least 0, or -1 for no bound, got {window=}")
+        left, right = window
+    if causal:
+        right = 0
+    patterns = () if pattern is None else tuple(pattern) if isinstance(pattern, list | tuple) else (pattern,)
+    for p in patterns:
+        if not isinstance(p, PrefixLM | BlockCausal | BlockDiffusion):
+            raise TypeError(f"pattern must be PrefixLM, BlockCausal or BlockDiffusion, got {p!r}")
+    if sum([isinstance(p, BlockDiffusion) for p in patterns]) > 1:
+        raise ValueError(f"at most one BlockDiffusion, got {patterns}")
+    return Rule(left, right, causal == "top_left", patterns)
+
+
+def check_patterns(rule: Rule, batch: int, queries: int, keys: int, packed: Packed | None) -> None:
+    for p in rule.patterns:
+        if isinstance(p, BlockDiffusion):
+            if queries != keys or (packed is not None and not packed.same):
+                raise ValueError(f"{p} needs as many queries as keys, got T={queries}, S={keys}")
+            odd = queries % 2
+            if packed is not None and packed.q.device.type == "cpu" and not torch.compiler.is_compiling():
+                odd = int((packed.q % 2).any())
+            if odd:
+                raise ValueError(f"{p} needs sequences of a noised and a clean half, of even length, got {queries}")
+        if isinstance(p, PrefixLM):
+            _check_prefix(p, batch if packed is None else packed.sequences)
+
+
+def _check_prefix(p: PrefixLM, count: int) -> None:
+    if isinstance(p.lengths, int):
+        if p.lengths < 0:
+            raise ValueError(f"the lengths of PrefixLM must be at least 0, got {p.lengths}")
+        return
+    given = torch.as_tensor(p.lengths)
+    if tuple(given.shape) != (count,):
+        raise ValueError(f"PrefixLM needs a length for each of {count} sequences, got {tuple(given.shape)}")
+    if given.device.type == "cpu" and not torch.compiler.is_compiling() and count and int(given.min()) < 0:
+        raise ValueError(f"the lengths of PrefixLM must be at least 0, got {int(given.min())}")
+
+
+class Turn(NamedTuple):
+    """What a query's place in the line has added, so that key j finds its element at ``place − j``."""
+
+    add: int
+    by_length: bool = False  # and the keys of its sequence less the queries
+
+
+def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Turn, last: int) -> Tensor:
+    """The tensor ``rows`` of :class:`Args`; the same one again for the same rule, sizes and offsets."""
+    fixed = all([not isinstance(p, PrefixLM) or isinstance(p.lengths, int) for p in rule.patterns])
+    if not fixed or not _may_remember(q.detach() if q.requires_grad else q):
+        return _make_rows(rule, q, keys, packed, turn, last)
+    patterns = tuple([(type(p), p.lengths if isinstance(p, PrefixLM) else p.n) for p in rule.patterns])
+    key = (q.device, q.shape[2], keys, rule[:3], patterns, turn, last)
+    recent = _recent if packed is None else packed.recent
+    return recent.get_or_make(key, lambda: _make_rows(rule, q, keys, packed, turn, last))
+
+
+def _make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Turn, last: int) -> Tensor:
+    batch, queries = q.shape[0], q.shape[2]
+    at = torch.arange(queries, device=q.device, dtype=torch.int32)[None]
+    first_key: Any = 0
+    add: Any = turn.add
+    if packed is None:
+        sequence = torch.arange(batch, device=q.device)[:, None]
+        aligned = at if rule.top_left else at + (keys - queries)
+        where = Queries(at, aligned, queries, keys, sequence)
+        real = None
+    else:
+        sequence = (torch.searchsorted(packed.q, at[0], right=True) - 1).clamp(0, packed.sequences - 1)[None]
+        start, first_key = packed.q[sequence], packed.k[sequence]
+        count, key_count = packed.q[sequence + 1] - start, packed.k[sequence + 1] - first_key
+        real = at < packed.q[-1]
+        position = at - start
+        aligned = position if rule.top_left else position + (key_count - count)
+        where = Queries(position, aligned, count, key_count, sequence)
+        add = add + key_count - count if turn.by_length else add
+    bounds = [
+        (at_most(b.clamp_min(0), where.keys) + first_key).clamp(0, keys)
+        for b in key_intervals(where, rule.left, rule.right, rule.patterns)
+    ]
+    if real is not None:
+        bounds = [torch.where(real, b, 0) for b in bounds]
+    shift = where.position + first_key + add
+    return torch.stack(torch.broadcast_tensors(*bounds, shift.clamp(0, last)), -1).to(torch.int32).contiguous()
+
+
+def _bucket_rows(rule: T5Buckets, table: Tensor, length: int, keys: int) -> Tensor:
+    """The table's row for each element of a line; the same tensor again for the same rule and sizes."""
+
+    def make() -> Tensor:
+        return rule.rows_of(torch.arange(length, device=table.device) - (keys - 1), table.shape[0])
+
+    if not _may_remember(table):
+        return make()
+    return _recent.get_or_make((table.device, rule, table.shape[0], length, keys), make)
+
+
+def distance_bias(
+    table: Tensor | None,
+    index: BiasIndex | None,
+    slopes: Tensor | None,
+    queries: int,
+    keys: int,
+    packed: Packed | None,
+    inner: torch.dtype,
+) -> tuple[Tensor | None, Turn]:
+    """The line, and the turn that a query's place gets in it: ``shift = position + first key + turn``.
+
+    Element m of the line is for query − key = m − (keys − 1), of the longest sequences in packed form; ALiBi counts
+    from the last query beside the last key instead.
+    """
+    long_q, long_k = (queries, keys) if packed is None else (packed.longest_q, packed.longest_k)
+    length = max(1, long_q + long_k - 1)
+    device = table.device if table is not None else slopes.device if slopes is not None else None
+    line = None
+    ragged = packed is not None and not packed.same
+    distance = torch.arange(length, device=device) - (long_k - 1)
+    if table is not None:
+        if isinstance(index, str):
+            row = distance + (table.shape[0] - 1) // 2
+            row = torch.arange(length, device=device) if packed is None else row.clamp(0, table.shape[0] - 1)
+        elif isinstance(index, T5Buckets):
+            row = _bucket_rows(index, table, length, long_k)
+        else:
+            assert isinstance(index, Tensor)
+            row = index
+        line = F.embedding(row, table.to(inner)).t()  # whose backward adds up in a fixed order
+    if slopes is not None:
+        if ragged and line is not None:
+            raise NotImplementedError(
+                "alibi_slopes with bias_table in packed form need queries and keys packed alike: where lengths differ, "
+                "the two count distances from different ends"
+            )
+        if packed is None:
+            distance = distance + (keys - queries)
+        elif ragged:
+            distance = torch.arange(length, device=device) - (long_q - 1)
+        alibi = -slopes.to(inner)[:, None] * distance.abs().to(inner)
+        line = alibi if line is None else line + alibi
+    if packed is None:
+        return line, Turn(keys - 1)
+    if ragged and slopes is not None:
+        return line, Turn(long_q - 1, by_length=True)
+    return line, Turn(long_k - 1)
+
+
+def check_table(
+    table: Tensor | None, index: BiasIndex | None, q: Tensor, keys: int, packed: Packed | None
+) -> tuple[BiasIndex | None, Tensor | None, list[int]]:
+    """Check ``bias_table`` with ``bias_index``: a rule by distance, or ``None`` with an index tensor or a grid."""
+    heads, queries = q.shape[1], q.shape[2]
+    if table is None:
+        if index is not None:
+            raise ValueError(f"bias_index needs bias_table, got {index!r:.80}")
+        return None, None, []
+    check_float(table, "bias_table", q)
+    if table.dim() != 2 or table.shape[1] != heads or table.shape[0] < 1:
+        raise ValueError(f"bias_table must be (R, {heads}), a column per query head, got {tuple(table.shape)=}")
+    rows = table.shape[0]
+    if isinstance(index, str):
+        if index != "toeplitz":
+            raise ValueError(f"bias_index must be 'toeplitz', a rule or an integer tensor (T, S), got {index!r}")
+        if packed is None and rows != queries + keys - 1:
+            raise ValueError(f"a 'toeplitz' table has T + S − 1 = {queries + keys - 1} rows, got {tuple(table.shape)=}")
+        if packed is not None:
+            if rows % 2 == 0:
+                raise ValueError(f"in packed form a 'toeplitz' table has its middle row at distance 0, got {rows} rows")
+            far = max(packed.longest_q, packed.longest_k) - 1
+            if packed.q.device.type == "cpu" and rows // 2 < far:
+                raise ValueError(f"distances reach {far}, the {rows} rows of bias_table reach {rows // 2}")
+        return index, None, []
+    if isinstance(index, T5Buckets):
+        return index, None, []
+    if isinstance(index, Grid2D):
+        if packed is not None:
+            raise ValueError(f"{index} has one size: give sequences of {index.tokens} tokens as a batch, not packed")
+        if (queries, keys) != (index.tokens, index.tokens) or rows != index.rows:
+            raise ValueError(
+                f"{index} is for T = S = {index.tokens} and a bias_table of {index.rows} rows, "
+                f"got T={queries}, S={keys}, {tuple(table.shape)=}"
+            )
+        return None, None, [index.h, index.w, index.extra]
+    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        kind = getattr(index, "dtype", type(index).__name__)
+        raise TypeError(f"bias_index must be an integer tensor, 'toeplitz', T5Buckets or Grid2D, got {kind}")
+    if packed is not None:
+        raise ValueError(f"in packed form bias_index is a rule, not a tensor of {tuple(index.shape)}")
+    if tuple(index.shape) != (queries, keys):
+        raise ValueError(f"bias_index must be ({queries}, {keys}), got {tuple(index.shape)=}")
+    if index.device != q.device:
+        raise ValueError(f"bias_index is on {index.device} but q is on {q.device}")
+    if index.numel() == 0 or torch.compiler.is_compiling():
+        return None, (index if index.dtype == torch.int64 else index.to(torch.int32)).contiguous(), []
+    facts = _index_facts(index)
+    if facts.low < 0 or facts.high >= rows:
+        raise ValueError(f"bias_index reaches from {facts.low} to {facts.high}, bias_table has rows 0 to {rows - 1}")
+    if facts.line is not None:
+        return facts.line, None, []
+    return None, index if facts.small is None else facts.small, []
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float(x, name, q if isinstance(q, Tensor) else x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (B, H, tokens, head size), got {tuple(x.shape)=}")
+    if not (q.dtype == k.dtype == v.dtype):
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    b, h, _, d = q.shape
+    problem = ""
+    if k.shape[:3] != v.shape[:3] or b != k.shape[0] or d != k.shape[3]:
+        problem = "q (B, Hq, T, D), k (B, Hkv, S, D) and v (B, Hkv, S, E) do not fit"
+    elif h != 0 and (k.shape[1] == 0 or h % k.shape[1]):
+        problem = "the heads of k and v must divide those of q"
+    if problem:
+        raise ValueError(f"{problem}: {tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}")
+
+
+def check_per_head(x: Tensor | None, name: str, q: Tensor) -> None:
+    if x is None:
+        return
+    check_float(x, name, q)
+    if tuple(x.shape) != (q.shape[1],):
+        raise ValueError(f"{name} must be ({q.shape[1]},), one per query head, got {tuple(x.shape)=}")

@@ -1,0 +1,518 @@
+"""Softmax attention with the masks, biases and packed batches that models really have, and the gradients of all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from accel import dispatch, library, philox
+from accel.ops.attention import cudnn
+from accel.ops.attention.arguments import (
+    INT32_MAX,
+    Turn,
+    broadcast,
+    check_float,
+    check_patterns,
+    check_per_head,
+    check_qkv,
+    check_table,
+    distance_bias,
+    make_rows,
+    read_packed,
+    read_rule,
+)
+from accel.ops.attention.rules import BiasIndex, Pattern, grid_index
+
+
+class Args(NamedTuple):
+    """The checked arguments every backend receives. Relative positions and rules have become short tensors.
+
+    A bias that depends on query − key only (Toeplitz, T5, ALiBi, together) is ``line``; query i and key j take
+    ``line[h, shift_i − j]``, with ``shift_i`` from ``rows`` or, where that is None, ``i + S − 1``.
+    """
+
+    q: Tensor  # (B, Hq, T, D), the last axis contiguous, as in k and v
+    k: Tensor  # (B, Hkv, S, D)
+    v: Tensor  # (B, Hkv, S, E)
+    bias: Tensor | None  # (B or 1, Hq or 1, T or 1, S or 1) floating, added
+    line: Tensor | None  # (Hq, L) fp32 (fp64 beside fp64), added
+    table: Tensor | None  # (R, Hq) fp32 (fp64 beside fp64), added at index or grid
+    sinks: Tensor | None  # (Hq,) fp32 (fp64 beside fp64)
+    mask: Tensor | None  # (B or 1, Hq or 1, T or 1, S or 1) bool
+    bias_index: Tensor | None  # (T, S) int32 or int64 contiguous, rows of the table
+    rows: Tensor | None  # (B or 1, T, 5) int32: keys [r0, r1) and [r2, r3) are seen, r0 <= r1, r2 <= r3; then shift_i
+    seed: Tensor | None  # (1,) int64 where dropout_p > 0
+    grid: list[int]  # [h, w, extra] of Grid2D in place of bias_index, else empty
+    rule: str  # what rows says: "all" (rows is None), "causal" (key <= query position, T = S or top-left), "other"
+    scale: float
+    softcap: float  # 0: none
+    dropout_p: float
+
+
+# --- the definition ---
+
+
+def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` with what is not finite set to 0, and whether each row of it held such."""
+    good = torch.isfinite(x)
+    return torch.where(good, x, 0.0), ~good.all(-1)
+
+
+def _line_bias(line: Tensor, rows: Tensor | None, queries: int, keys: int) -> Tensor:
+    """``(B or 1, H, T, S)`` of a line."""
+    shift = torch.arange(queries, device=line.device)[None] + keys - 1 if rows is None else rows[..., 4].to(torch.int64)
+    at = shift[:, :, None] - torch.arange(keys, device=line.device)
+    return line[:, at.clamp(0, line.shape[1] - 1)].transpose(0, 1)
+
+
+def _visible(args: Args) -> Tensor | None:
+    """Whether query i may see key j, ``(B or 1, H or 1, T or 1, S or 1)``; None where all is seen."""
+    seen = args.mask
+    if args.rows is not None:
+        key = torch.arange(args.k.shape[2], device=args.q.device, dtype=torch.int32)
+        first0, end0, first1, end1 = [args.rows[:, None, :, i : i + 1] for i in range(4)]
+        ruled = ((key >= first0) & (key < end0)) | ((key >= first1) & (key < end1))
+        seen = ruled if seen is None else seen & ruled
+    return seen
+
+
+def reference(*given: Any) -> tuple[Tensor, Tensor]:
+    """The op in plain torch, fp32 or fp64 inside: output ``(B, Hq, T, E)`` and log-sum-exp ``(B, Hq, T)``.
+
+    What is not finite reaches only the rows that may see it, as NaN.
+    """
+    args = Args(*given)
+    inner = torch.float64 if args.q.dtype == torch.float64 else torch.float32
+    heads, queries, keys = args.q.shape[1], args.q.shape[2], args.k.shape[2]
+    group = heads // args.k.shape[1] if args.k.shape[1] else 1
+    q, bad_q = _finite(args.q.to(inner))
+    k, bad_k = _finite(args.k.to(inner).repeat_interleave(group, 1))
+    v, bad_v = _finite(args.v.to(inner).repeat_interleave(group, 1))
+    logits = (q * args.scale) @ k.transpose(-2, -1)
+    logits = torch.where(bad_q[..., :, None] | bad_k[..., None, :], math.nan, logits)
+    if args.softcap:
+        logits = args.softcap * torch.tanh(logits / args.softcap)
+    if args.bias is not None:
+        logits = logits + args.bias.to(inner)
+    if args.line is not None:
+        logits = logits + _line_bias(args.line.to(inner), args.rows, queries, keys)
+    if args.table is not None:
+        index = grid_index(args.grid, args.q.device) if args.grid else args.bias_index
+        assert index is not None
+        logits = logits + args.table.to(inner)[index.to(torch.int64)].permute(2, 0, 1)
+    seen = _visible(args)
+    if seen is not None:
+        logits = torch.where(seen, logits, -math.inf)
+    every = logits
+    if args.sinks is not None:
+        every = torch.cat([logits, args.sinks.to(inner)[:, None, None].expand(*logits.shape[:-1], 1)], -1)
+    if every.shape[-1] == 0:  # no key at all
+        every = F.pad(every, (0, 1), value=-math.inf)
+    nothing = (every == -math.inf).all(-1, keepdim=True)
+    lse = torch.logsumexp(torch.where(nothing, 0.0, every), -1, keepdim=True)
+    p = torch.where(logits == -math.inf, 0.0, torch.exp(logits - lse))  # also where the row's sum is NaN
+    lse = torch.where(nothing, -math.inf, lse)
+    if args.dropout_p > 0.0:
+        assert args.seed is not None
+        p = p * philox.keep_mask(args.seed, tuple(p.shape), args.dropout_p) / (1.0 - args.dropout_p)
+    reached = bad_v[..., None, :].expand(p.shape)
+    if seen is not None:
+        reached = reached & seen
+    out = torch.where(reached.any(-1, keepdim=True), math.nan, p @ v)
+    return out.to(args.q.dtype), lse.squeeze(-1)
+
+
+# --- backends, fastest first for each device ---
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 256
+
+
+def _why_not_kernel(args: Args) -> str | None:
+    """What no kernel of ours takes, whatever its language."""
+    if args.q.dtype not in KERNEL_DTYPES:
+        return f"it computes float32, bfloat16 and float16, not {args.q.dtype}"
+    for size in (args.q.shape[3], args.v.shape[3]):
+        if size % 8 or not 8 <= size <= MAX_HEAD_SIZE:
+            return f"it takes head sizes that are a multiple of 8 up to {MAX_HEAD_SIZE}, not {size}"
+    if max(args.q.shape[2], args.k.shape[2]) > INT32_MAX // 2:
+        return f"it takes up to {INT32_MAX // 2} tokens, not {max(args.q.shape[2], args.k.shape[2])}"
+    return None
+
+
+def _why_not_cpu(args: Args) -> str | None:
+    if args.q.device.type != "cpu":
+        return f"the tensors are on {args.q.device.type}"
+    return dispatch.leaf_reason("accel._C") or _why_not_kernel(args)
+
+
+def _cpu_forward(*args: Any) -> Any:
+    return torch.ops.accel_native.softmax_attention_forward.default(*args)
+
+
+def _cpu_backward(*args: Any) -> Any:
+    *args_, needs = args
+    return torch.ops.accel_native.softmax_attention_backward.default(*args_, *needs)
+
+
+def _why_not_triton(args: Args) -> str | None:
+    return dispatch.why_not_triton(__name__, args) or _why_not_kernel(args)
+
+
+def _torch_forward(*args: Any) -> Any:
+    given = Args(*args)
+    out, lse = cudnn.forward(given.q, given.k, given.v, given.scale)
+    return _as_promised(out, given.q), lse
+
+
+def _why_not_torch(args: Args) -> str | None:
+    return cudnn.why_not(args) or _why_not_triton(args)  # which computes its backward
+
+
+_triton_forward, _triton_backward = dispatch.triton(__name__)
+
+# --- registered ops: opaque to the compiler, the backend a string ---
+
+_SIGNATURE = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? line, Tensor? table, Tensor? sinks, Tensor? mask, "
+    "Tensor? bias_index, Tensor? rows, Tensor? seed, int[] grid, str rule, float scale, float softcap, float dropout_p"
+)
+_DIFFERENTIABLE = 7  # the first of them: q, k, v, bias, line, table, sinks
+
+
+def empty_like_layout(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for ``(B, H, T, ·)`` of ``shape`` in the order of ``x``: heads inside tokens where x has them so."""
+    b, h, t, d = shape
+    if x.shape[1] > 1 and x.stride(1) < x.stride(2):
+        return x.new_empty((b, t, h, d)).transpose(1, 2)
+    return x.new_empty((b, h, t, d))
+
+
+def _as_promised(out: Tensor, q: Tensor) -> Tensor:
+    """``out`` in the layout that callers of the registered op rely on."""
+    promised = empty_like_layout(torch.empty_strided(q.shape, q.stride(), device="meta"), tuple(out.shape))
+    return out if out.stride() == promised.stride() else empty_like_layout(q, tuple(out.shape)).copy_(out)
+
+
+def _forward(*args: Any) -> Any:
+    return OP.backend(args[-1]).forward(*args[:-1])
+
+
+def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
+    q, v = args[0], args[2]
+    out = empty_like_layout(q, (*q.shape[:3], v.shape[3]))
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _matmul_flops(q: Any, k: Any, v: Any) -> tuple[int, int]:
+    """FLOPs of q·k and of p·v over all pairs, masked ones too."""
+    pairs = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    return pairs * q.shape[3], pairs * v.shape[3]
+
+
+_forward_op = library.register(
+    "softmax_attention_forward",
+    f"({_SIGNATURE}, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    lambda q, k, v, *args: sum(_matmul_flops(q, k, v)),
+)
+
+
+def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
+    if out.device.type == "cuda" and dispatch.leaf_reason("accel.kernels.attention.softmax_attention") is None:
+        sums: Tensor = dispatch.leaf("accel.kernels.attention.softmax_attention")[0].row_sums(grad_out, out)
+        return sums
+    return (grad_out.float() * out.float()).sum(-1)
+
+
+def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+    """What all backends share: the row's sum Σ p·dp = dO·O, less the gradient of the log-sum-exp, and the sinks."""
+    *args, needs, name = rest
+    delta = _row_sums(grad_out, out)
+    if grad_lse is not None:  # which may be infinite where nothing is seen
+        delta = torch.where(lse == -math.inf, 0.0, delta - grad_lse)
+    sinks = args[6]
+    grad_sinks = lse.new_empty(0)
+    if needs[3] and sinks is not None:
+        weight = torch.exp(sinks.float()[:, None] - lse)  # rows that see nothing and whose sink is −∞ weigh nothing
+        grad_sinks = -(torch.where(lse == -math.inf, 0.0, weight) * delta).sum((0, 2))
+    backward = OP.backend(name).backward
+    assert backward is not None
+    return *backward(grad_out, delta, lse, *args, needs[:3]), grad_sinks
+
+
+def _backward_fake(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *args, needs, _ = rest
+    small = [lse.new_empty(x.shape if x is not None and n else (0,)) for x, n in zip(args[3:7], needs, strict=True)]
+    return *[empty_like_layout(x, x.shape) for x in args[:3]], *small
+
+
+_backward_op = library.register(
+    "softmax_attention_backward",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SIGNATURE}, bool[] needs, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    lambda grad_out, grad_lse, out, lse, q, k, v, *args: 3 * _matmul_flops(q, k, v)[0] + 2 * _matmul_flops(q, k, v)[1],
+)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """``x`` with its last axis contiguous, copied only where it is not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+class _SoftmaxAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*output, *inputs[:11])
+        ctx.rest = inputs[11:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        out, lse, *tensors = ctx.saved_tensors
+        *rest, backend = ctx.rest
+        needs = list(ctx.needs_input_grad[3:_DIFFERENTIABLE])
+        grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
+        grads = library.once_differentiable(_backward_op, grad_out, grad_lse, out, lse, *tensors, *rest, needs, backend)
+        wanted = zip(grads, tensors[:_DIFFERENTIABLE], ctx.needs_input_grad[:_DIFFERENTIABLE], strict=True)
+        return *[g.to(x.dtype) if needed else None for g, x, needed in wanted], *([None] * (5 + len(rest)))
+
+
+# --- the public function ---
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool | str = False,
+    window: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: BiasIndex | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Args:
+    """Check a public call and bring it to the form the backends take."""
+    if all([isinstance(x, Tensor) for x in (q, k, v)]) and q.device == k.device == v.device:
+        q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
+    check_qkv(q, k, v)
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale=}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive, or None for none, got {softcap=}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p=}")
+    batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    full = (batch, heads, queries, keys)
+    rule = read_rule(causal, window, pattern)
+    packed = read_packed(cu_seqlens_q, cu_seqlens_k, q, k)
+    check_patterns(rule, batch, queries, keys, packed)
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = getattr(mask, "dtype", type(mask).__name__)
+            raise TypeError(f"mask must be boolean, True where a key takes part; what is added is bias; got {kind}")
+        if mask.device != q.device:
+            raise ValueError(f"mask is on {mask.device} but q is on {q.device}")
+        mask = broadcast(mask, "mask", full)
+    if bias is not None:
+        check_float(bias, "bias", q)
+        bias = broadcast(bias, "bias", full)
+    if packed is not None and (mask is not None or bias is not None):
+        given = {n: tuple(x.shape) for n, x in (("mask", mask), ("bias", bias)) if x is not None}
+        raise ValueError(f"in packed form pairs are given by rules, not by dense tensors: {given}")
+    check_per_head(alibi_slopes, "alibi_slopes", q)
+    check_per_head(sinks, "sinks", q)
+    by_distance, index, grid = check_table(bias_table, bias_index, q, keys, packed)
+
+    inner = torch.float64 if q.dtype == torch.float64 else torch.float32
+    table = bias_table if by_distance is None else None
+    turn = Turn(keys - 1)
+    line = None
+    if by_distance is not None or alibi_slopes is not None:
+        ranked = bias_table if by_distance is not None else None
+        line, turn = distance_bias(ranked, by_distance, alibi_slopes, queries, keys, packed, inner)
+    elif packed is not None:
+        turn = Turn(0)  # nothing reads the place, only where it jumps
+    last = max(queries + keys - 2, 0) if line is None else line.shape[1] - 1 + keys
+    plain = rule.everything and packed is None
+    causal_only = rule.right == 0 and rule.left < 0 and not rule.patterns and packed is None
+    return Args(
+        q=rows_contiguous(q),
+        k=rows_contiguous(k),
+        v=rows_contiguous(v),
+        bias=bias,
+        line=line,
+        table=None if table is None else table.to(inner).contiguous(),
+        sinks=None if sinks is None else sinks.to(inner).contiguous(),
+        mask=mask,
+        bias_index=index,
+        rows=None if plain else make_rows(rule, q, keys, packed, turn, last),
+        seed=philox.new_seed(q.device) if dropout_p > 0.0 else None,
+        grid=grid,
+        rule="all" if plain else "causal" if causal_only and (rule.top_left or queries == keys) else "other",
+        scale=(q.shape[3] ** -0.5 if q.shape[3] else 1.0) if scale is None else float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        dropout_p=float(dropout_p),
+    )
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool | str = False,
+    window: Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    pattern: Pattern | Sequence[Pattern] | None = None,
+    bias: Tensor | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: BiasIndex | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact softmax attention with masks, biases and sinks, and the gradient of each, in memory linear in the tokens.
+
+    .. math:: s_{ij} = c\,\tanh(a\, q_i \cdot k_j / c) + b_{ij} + t_{x(i,j)} - m\,|i + S - T - j|, \qquad
+        o_i = \sum_j \frac{e^{s_{ij}}}{e^{z} + \sum_l e^{s_{il}}}\, v_j
+
+    with a the ``scale``, c the ``softcap``, b the ``bias``, t the ``bias_table`` and x its ``bias_index``, m the
+    ALiBi slope and z the sink, each left out where it is not given; l runs over the keys that query i may see. A
+    query that sees none gives 0. What is not finite in a key or value does not reach queries that may not see it.
+
+    Args:
+        q: ``(B, Hq, T, D)``, any strides; float32, bfloat16, float16, and float64 on the reference. Under autocast
+            q, k and v are cast as a matrix product's operands would be.
+        k: ``(B, Hkv, S, D)``, Hkv dividing Hq: query head h reads head ``h // (Hq / Hkv)``.
+        v: ``(B, Hkv, S, E)``.
+        scale: factor of q·k; D ** −0.5 if None.
+        causal: True lets query i see keys j <= i + S − T (bottom-right), ``"top_left"`` keys j <= i.
+        window: ``(left, right)``, how far from its own place a query sees, inclusive, −1 without bound; alignment as
+            for ``causal``, which makes right 0.
+        mask: boolean, broadcasting to ``(B, Hq, T, S)``, True where a key takes part; key padding is ``(B, 1, 1, S)``.
+        pattern: :class:`accel.PrefixLM`, :class:`accel.BlockCausal` or :class:`accel.BlockDiffusion`, or several; all
+            masks hold together.
+        bias: added to the logits; broadcasting to ``(B, Hq, T, S)``, any floating dtype; has a gradient.
+        bias_table: ``(R, Hq)``, any floating dtype; has a gradient, added up in a fixed order without a buffer of
+            T·S.
+        bias_index: which row of the table a pair takes: an integer tensor ``(T, S)``; ``"toeplitz"`` for row
+            i − j + S − 1 of T + S − 1; :class:`accel.T5Buckets`; or :class:`accel.Grid2D`. A tensor that depends on
+            i − j alone is recognised and costs no more than the rule.
+        alibi_slopes: ``(Hq,)``; has a gradient.
+        softcap: positive bound c of the logits before biases.
+        sinks: ``(Hq,)``, a logit per head that takes weight and has no value; counts in the log-sum-exp; has a
+            gradient.
+        cu_seqlens_q: int32 or int64 ``(sequences + 1,)``, rising from 0 to the number of tokens: the packed form,
+            ``(1, H, total, D)``. Sequences do not see each other; rules, ALiBi and bias rules use positions within
+            the sequence (``"toeplitz"``: the middle row of an odd number is distance 0). Dense masks, biases and
+            index tensors are refused.
+        cu_seqlens_k: the same for keys; those of q if None.
+        dropout_p: probability in [0, 1) that a weight is dropped; drawn anew at each call from torch's generator and
+            repeated in the backward.
+        return_lse: also return the log-sum-exp, fp32 ``(B, Hq, T)``, −∞ where nothing is seen; has a gradient.
+        backend: one of the op's backends by name, or None for the first that can run the call.
+
+    Returns:
+        ``(B, Hq, T, E)`` in the dtype of q, or a pair with the log-sum-exp.
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: shapes, sizes, offsets or devices that do not fit; the message holds them. Offsets on a GPU are
+            not looked at, but bounded: wrong ones give wrong results and touch no foreign memory.
+        NotImplementedError: ``backend`` cannot run this call; the message says why.
+
+    Follows Dao et al., FlashAttention (2022), for the tiling; Press et al., Train Short, Test Long (2022), for ALiBi.
+    """
+    args = _prepare(
+        q,
+        k,
+        v,
+        scale=scale,
+        causal=causal,
+        window=window,
+        mask=mask,
+        pattern=pattern,
+        bias=bias,
+        bias_table=bias_table,
+        bias_index=bias_index,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        sinks=sinks,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        dropout_p=dropout_p,
+    )
+    out, lse = _run(args, backend)
+    return (out, lse) if return_lse else out
+
+
+def _run(args: Args, backend: str | None) -> tuple[Tensor, Tensor]:
+    chosen = dispatch.select(OP, args, backend)
+    if chosen.name == "reference" or args.q.numel() == 0 or args.v.numel() == 0:
+        with library.without_autocast(args.q):
+            return reference(*args)
+    if library.differentiated(OP.name, args[:_DIFFERENTIABLE]):
+        return _SoftmaxAttention.apply(*args, chosen.name)
+    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+
+
+def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    q = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
+    return (q, q, q), {}
+
+
+OP = dispatch.register(
+    dispatch.Op(
+        name="softmax_attention",
+        function=softmax_attention,
+        prepare=_prepare,
+        example=_example,
+        backends=(
+            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend(
+                "torch",
+                _why_not_torch,
+                _torch_forward,
+                _triton_backward,
+                frozenset({"cuda"}),
+                cudnn.HALF_DTYPES,
+                extra=True,
+            ),
+            dispatch.Backend(
+                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+            ),
+            dispatch.Backend("reference", lambda args: None, reference),
+        ),
+    )
+)

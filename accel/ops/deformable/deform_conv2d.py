@@ -1,0 +1,395 @@
+"""Deformable convolution, v1 and v2: a convolution whose taps are sampled at positions that a tensor shifts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from accel import dispatch, library
+from accel.ops.deformable import sampling
+from accel.ops.deformable.sampling import HALF_DTYPES, KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
+
+
+class Args(NamedTuple):
+    """The checked arguments every backend receives. K = kh·kw taps, tap (a, e) is the (a·kw + e)-th."""
+
+    input: Tensor  # (N, C, H, W), contiguous or channels_last
+    offset: Tensor  # (N, 2·G·K, Ho, Wo) contiguous fp32 (fp64 beside fp64): y of tap k at 2k of its group, then x
+    weight: Tensor  # (O, C/g, kh, kw) contiguous, dtype of input
+    bias: Tensor | None  # (O,) fp32 (fp64 beside fp64)
+    mask: Tensor | None  # (N, G·K, Ho, Wo) contiguous fp32 (fp64 beside fp64)
+    stride: list[int]  # (y, x), as the next two
+    padding: list[int]
+    dilation: list[int]
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """The layout a result takes from ``x``: channels_last where that is what it has and contiguous is not."""
+    last = x.shape[1] > 1 and x.stride(1) == 1 and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def lay_out(x: Tensor, format: torch.memory_format) -> Tensor:
+    """``x.contiguous(memory_format=format)``, which vmap does not know."""
+    if format == torch.channels_last:
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x.contiguous()
+
+
+# --- the definition ---
+
+COLUMNS_AT_ONCE = 1 << 24
+"""Sampled values the reference holds at once, in whole images."""
+
+
+def _grid(out: int, taps: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    """Where each tap of each output stands on one axis before it is shifted, ``(K, out)``."""
+    base = torch.arange(out, device=taps.device, dtype=taps.dtype) * stride - padding
+    return taps[:, None] * dilation + base
+
+
+def _images(
+    image: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor:  # fmt: skip
+    n, c, h, w = image.shape
+    o, per_group, kh, kw = weight.shape
+    ho, wo = offset.shape[2:]
+    taps = kh * kw
+    offset_groups, groups = offset.shape[1] // (2 * taps), c // per_group
+    tap = torch.arange(taps, device=image.device)
+    rows = _grid(ho, (tap // kw).to(image.dtype), stride[0], padding[0], dilation[0])[:, :, None]
+    columns = _grid(wo, (tap % kw).to(image.dtype), stride[1], padding[1], dilation[1])[:, None, :]
+    shift = offset.reshape(n * offset_groups, taps, 2, ho, wo)
+    flat = image.reshape(n * offset_groups, c // offset_groups, h * w)
+    samples = bilinear(flat, rows + shift[:, :, 0], columns + shift[:, :, 1], h, w)  # (N·G, C/G, K, Ho, Wo)
+    if mask is not None:
+        samples = samples * mask.reshape(n * offset_groups, 1, taps, ho, wo)
+    out = weight.reshape(groups, o // groups, -1) @ samples.reshape(n, groups, per_group * taps, ho * wo)
+    return out.reshape(n, o, ho * wo)
+
+
+def reference(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    """The op in plain torch, fp32 or fp64 inside."""
+    image, kernel = input.to(inner_dtype(input)).contiguous(), weight.to(inner_dtype(input))
+    n, taps = input.shape[0], weight.shape[2] * weight.shape[3]
+    per_image = input.shape[1] * taps * offset.shape[2] * offset.shape[3]
+    step = max(1, COLUMNS_AT_ONCE // per_image)
+    parts = []
+    for at in range(0, max(n, 1), step):
+        some = slice(at, at + step)
+        part_mask = None if mask is None else mask[some]
+        parts.append(_images(image[some], offset[some], kernel, part_mask, stride, padding, dilation))
+    out = torch.cat(parts)
+    if bias is not None:
+        out = out + bias[:, None]
+    out = out.reshape(n, weight.shape[0], *offset.shape[2:])
+    return lay_out(out.to(input.dtype), memory_format(input))
+
+
+# --- backends, fastest first for each device ---
+
+
+def _why_not_cpu(args: Args) -> str | None:
+    return sampling.why_not_cpu(args.input)
+
+
+def _why_not_triton(args: Args) -> str | None:
+    return sampling.why_not_triton(__name__, args)
+
+
+CUDA_CHANNELS = 64  # as csrc/cuda/_product.cuh is deep
+
+
+@torch.compiler.assume_constant_result  # the environment cannot be traced
+def _cublas_repeats() -> bool:
+    """Whether torch's deterministic mode lets cuBLAS run."""
+    return "CUBLAS_WORKSPACE_CONFIG" in os.environ
+
+
+def _why_not_cuda(args: Args) -> str | None:
+    n, channels, height, width = args.input.shape
+    out_channels, per_group, kh, kw = args.weight.shape
+    outputs, offset_groups = args.offset.shape[2] * args.offset.shape[3], args.offset.shape[1] // (2 * kh * kw)
+    sizes = {"batch": n, "pixels": height * width, "heads": offset_groups, "channels": channels // offset_groups}
+    reason = sampling.why_not_cuda(args.input, sizes, outputs, kh * kw)
+    if reason is not None:
+        return reason
+    if args.input.dtype == torch.float32:
+        return "it computes bfloat16 and float16, not torch.float32"
+    if per_group % CUDA_CHANNELS or channels // offset_groups % CUDA_CHANNELS:
+        return (
+            f"it takes input channels in multiples of {CUDA_CHANNELS}, not {per_group} of a weight group and "
+            f"{channels // offset_groups} of an offset group"
+        )
+    if out_channels // (channels // per_group) % 8:
+        return f"it takes output channels in multiples of 8, not {out_channels // (channels // per_group)} of a group"
+    vectors, shifts = (height + 1) * width * channels // 8, args.offset.shape[1] * outputs
+    padded = max(height + 2 * args.padding[0], width + 2 * args.padding[1])
+    if max(max(n, 1) * max(vectors, shifts), 16 * kh * kw * outputs, padded) >= 2**31:
+        return (
+            f"{tuple(args.input.shape)=}, {tuple(args.offset.shape)=} and {args.padding=} are more than it can number"
+        )
+    if torch.are_deterministic_algorithms_enabled() and not _cublas_repeats():
+        return "its backward needs cuBLAS, which torch's deterministic mode refuses without CUBLAS_WORKSPACE_CONFIG"
+    return None
+
+
+_native = dispatch.native("deform_conv2d")
+_triton = dispatch.triton(__name__)
+
+
+# --- registered ops: opaque to the compiler, the backend a string ---
+
+_SIGNATURE = (
+    "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+    "int[] stride, int[] padding, int[] dilation"
+)
+
+
+def _forward(*args: Any) -> Any:
+    return OP.backend(args[-1]).forward(*args[:-1])
+
+
+def _forward_fake(input: Tensor, offset: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    shape = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+def _product_flops(offset: Any, weight: Any) -> int:
+    """FLOPs of the product of the weight and the samples."""
+    out: int = 2 * offset.shape[0] * offset.shape[2] * offset.shape[3]
+    return out * weight.shape[0] * weight.shape[1] * weight.shape[2] * weight.shape[3]
+
+
+_forward_op = library.register(
+    "deform_conv2d_forward",
+    f"({_SIGNATURE}, str backend) -> Tensor",
+    _forward,
+    _forward_fake,
+    lambda input, offset, weight, *args: _product_flops(offset, weight),
+)
+
+
+def _backward(*args: Any) -> Any:
+    backward = OP.backend(args[-1]).backward
+    assert backward is not None
+    return backward(*args[:-1])
+
+
+def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    needs, offset = args[8], args[1]
+    given = zip(args[:5], needs, strict=True)
+    return tuple([torch.empty_like(x) if x is not None and needed else offset.new_empty(0) for x, needed in given])
+
+
+def _backward_flops(grad_out: Any, input: Any, offset: Any, weight: Any, *args: Any) -> int:
+    needs = args[5]
+    return (int(needs[0] or needs[1] or needs[4]) + int(needs[2])) * _product_flops(offset, weight)
+
+
+_backward_op = library.register(
+    "deform_conv2d_backward",
+    f"(Tensor grad_out, {_SIGNATURE}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    _backward_flops,
+)
+
+
+class _DeformConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _forward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:5])
+        ctx.rest = inputs[5:]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        *rest, backend = ctx.rest
+        needs = list(ctx.needs_input_grad[:5])
+        grad_out = lay_out(grad_out, memory_format(saved[0]))
+        grads = library.once_differentiable(_backward_op, grad_out, *saved, *rest, needs, backend)
+        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *([None] * (1 + len(rest)))
+
+
+# --- the public function ---
+
+
+def _prepare(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+) -> Args:
+    """Check a public call and bring it to the form the backends take."""
+    if not isinstance(input, Tensor) or not input.is_floating_point():
+        raise TypeError(f"input must be a floating point tensor, got {getattr(input, 'dtype', type(input).__name__)}")
+    for name, x in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
+        if x is not None or name in ("offset", "weight"):
+            check_tensor(x, name, input, "input")
+    if input.dim() != 4 or input.shape[1] == 0 or input.shape[2] == 0 or input.shape[3] == 0:
+        raise ValueError(f"input must be (N, C, H, W) with at least one channel and pixel, got {tuple(input.shape)=}")
+    if weight.dim() != 4 or weight.numel() == 0:
+        raise ValueError(f"weight must be (O, C/groups, kh, kw) and not empty, got {tuple(weight.shape)=}")
+    n, channels = input.shape[:2]
+    out_channels, per_group, kh, kw = weight.shape
+    groups = channels // per_group
+    if channels % per_group or out_channels % groups:
+        raise ValueError(
+            f"weight must be (O, C/groups, kh, kw) with groups that divide {channels} input channels and the output "
+            f"channels O, got {tuple(weight.shape)=} for {tuple(input.shape)=}: {channels / per_group:g} groups"
+        )
+    strides, paddings, dilations = (
+        sampling.pair(stride, "stride", 1),
+        sampling.pair(padding, "padding", 0),
+        sampling.pair(dilation, "dilation", 1),
+    )
+    ho, wo = sampling.output_size(input.shape[2:], (kh, kw), strides, paddings, dilations)
+    taps = kh * kw
+
+    def shown() -> str:  # only where something is wrong: torch.compile cannot print sizes that vary
+        return f"for {tuple(input.shape)=}, {tuple(weight.shape)=}, {stride=}, {padding=}, {dilation=}"
+
+    if offset.dim() != 4 or offset.shape[0] != n or offset.shape[2] != ho or offset.shape[3] != wo:
+        raise ValueError(f"offset must be ({n}, 2*G*{taps}, {ho}, {wo}) {shown()}, got {tuple(offset.shape)=}")
+    offset_groups = offset.shape[1] // (2 * taps)
+    if offset_groups == 0 or offset.shape[1] % (2 * taps) or channels % offset_groups:
+        raise ValueError(
+            f"offset must have 2*G*{taps} channels with a number of offset groups G that divides {channels} input "
+            f"channels, got {tuple(offset.shape)=}: {offset.shape[1]} channels are {offset.shape[1] / (2 * taps):g} "
+            f"groups for {tuple(weight.shape)=}"
+        )
+    if mask is not None and tuple(mask.shape) != (n, offset_groups * taps, ho, wo):
+        raise ValueError(
+            f"mask must be ({n}, {offset_groups * taps}, {ho}, {wo}), one for each of {offset_groups} x {taps} taps, "
+            f"{shown()}, got {tuple(mask.shape)=}"
+        )
+    if bias is not None and tuple(bias.shape) != (out_channels,):
+        raise ValueError(f"bias must be ({out_channels},), got {tuple(bias.shape)=}")
+
+    input, weight = library.autocast(input), library.autocast(weight)
+    if input.dtype != weight.dtype:
+        raise TypeError(f"input and weight must have one dtype, got {input.dtype=}, {weight.dtype=}")
+    inner = inner_dtype(input)
+    return Args(
+        input=lay_out(input, memory_format(input)),
+        offset=offset.to(inner).contiguous(),
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.to(inner).contiguous(),
+        mask=None if mask is None else mask.to(inner).contiguous(),
+        stride=strides,
+        padding=paddings,
+        dilation=dilations,
+    )
+
+
+def deform_conv2d(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Deformable convolution: v1 without ``mask``, v2 with it. The signature and meaning are torchvision's.
+
+    With tap k = (a, e) of the kernel, output position (i, j), stride s, padding p and dilation d,
+
+    .. math:: y_o(i, j) = b_o + \sum_{c, k} w_{o c k}\; m_k(i, j)\;
+              x_c(i s - p + a d + \Delta y_k(i, j),\; j s - p + e d + \Delta x_k(i, j))
+
+    where ``x`` between pixels is the bilinear mean of the four around and each pixel outside of the map counts 0.
+    ``padding`` moves the positions only. Channels in G equal groups may have offsets and masks of their own, and
+    weights in g equal groups, as in a convolution. G follows from the channels of ``offset``, g from ``weight``.
+
+    A position that is NaN, infinite or beyond the border gives a sample of 0, and no gradient to the offset, the mask
+    or the input. At integer positions, where a sample has two derivatives, the gradient of ``offset`` is the one from
+    the right. At exactly −1 the sample is 0 and that gradient is not, as in torchvision.
+
+    Positions are computed in float32 and products summed in float32, whatever the dtypes (float64 beside float64).
+    Kernels round a sample, times its mask, to the dtype of ``input`` once before it enters the product.
+
+    Args:
+        input: ``(N, C, H, W)``, contiguous or channels_last; float32, bfloat16, float16, and float64 on the
+            reference. Under autocast it is cast as a convolution's operand would be. N may be 0.
+        offset: ``(N, 2·G·K, Ho, Wo)`` with K = kh·kw: of group q and tap k, the shift in y at channel q·2K + 2k and
+            in x at the next, in pixels. G divides C. Any floating dtype; never cast by autocast.
+        weight: ``(O, C/g, kh, kw)`` in the dtype of ``input`` and cast with it; g divides C and O.
+        bias: ``(O,)``, any floating dtype.
+        stride: one integer or two (y, x), at least 1.
+        padding: likewise, at least 0.
+        dilation: likewise, at least 1.
+        mask: ``(N, G·K, Ho, Wo)``, the factor of each sample, any floating dtype; all 1 if None.
+        backend: one of the op's backends by name, or None for the first that can run the call.
+
+    Returns:
+        ``(N, O, Ho, Wo)`` in the dtype and memory format of ``input``, with Ho = ⌊(H + 2p − d·(kh−1) − 1) / s⌋ + 1.
+
+    Gradients exist for all five tensors. A kernel's are the same bits every time: what reaches a pixel is summed in a
+    fixed order, without atomics; in the backward of ``cuda`` this rests on cuBLAS, which repeats its products on one
+    stream. Second and forward-mode derivatives are the reference's; a kernel refuses them.
+
+    Raises:
+        TypeError: a tensor that must be floating is not, or ``input`` and ``weight`` differ in dtype.
+        ValueError: shapes, sizes or devices that do not fit; the message holds them.
+        NotImplementedError: ``backend`` cannot run this call; the message says why.
+
+    Follows Dai et al., Deformable Convolutional Networks (2017), and Zhu et al., Deformable ConvNets v2 (2018).
+    """
+    args = _prepare(input, offset, weight, bias, stride, padding, dilation, mask)
+    chosen = dispatch.select(OP, args, backend)
+    if chosen.name == "reference" or args.input.numel() == 0:
+        with library.without_autocast(input):
+            return reference(*args)
+    if library.differentiated(OP.name, args[:5]):
+        return _DeformConv2d.apply(*args, chosen.name)
+    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+
+
+def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    input = torch.zeros(1, 8, 6, 6, device=device, dtype=dtype)
+    offset, mask = torch.zeros(1, 18, 6, 6, device=device), torch.ones(1, 9, 6, 6, device=device)
+    return (input, offset, torch.zeros(8, 8, 3, 3, device=device, dtype=dtype)), {"padding": 1, "mask": mask}
+
+
+OP = dispatch.register(
+    dispatch.Op(
+        name="deform_conv2d",
+        function=deform_conv2d,
+        prepare=_prepare,
+        example=_example,
+        backends=(
+            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            # behind until it has been measured; only half precision, only where nvcc was at build time
+            dispatch.Backend("cuda", _why_not_cuda, *_native, frozenset({"cuda"}), HALF_DTYPES, extra=True),
+            dispatch.Backend("reference", lambda args: None, reference),
+        ),
+    )
+)

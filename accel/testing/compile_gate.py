@@ -1,0 +1,211 @@
+"""Compile every Triton kernel for every GPU generation it admits, without a GPU.
+
+``python -m accel.testing.compile_gate``: each leaf, ``kernels/<family>/<op>.py``, yields its configurations from
+``compile_cases()``. Each is compiled offline, and the gate fails with names where registers spill or shared memory is
+more than the architecture has. Results are kept in a private cache folder by the hash of what they depend on, so that
+an unchanged kernel costs nothing the next time.
+
+It needs a process without ``TRITON_INTERPRET=1``, which replaces the compiler by the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import accel  # noqa: F401  registers the ops
+from accel import dispatch
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+STACK_LIMIT = 32
+# of a block; what compiles for sm_80 also runs on sm_86 and sm_89 (RTX 30 and 40), which have less than the A100
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case became on one architecture. ``stack`` is bytes a thread, ``shared`` bytes a program; the limit of
+    ``stack`` is higher only for tiles that say so because they were measured."""
+
+    name: str
+    architecture: int
+    registers: int
+    stack: int
+    shared: int
+    seconds: float
+    error: str = ""
+    stack_limit: int = STACK_LIMIT
+
+    def problem(self) -> str | None:
+        if self.error:
+            return self.error
+        if self.stack > self.stack_limit:
+            return f"{self.stack} bytes of stack, more than {self.stack_limit}: registers spill"
+        limit = SHARED_LIMIT[self.architecture]
+        if self.shared > limit:
+            return f"{self.shared} bytes of shared memory, more than {limit}"
+        return None
+
+
+def leaves() -> dict[str, Path]:
+    """The file of every op's Triton leaf, by the op's name."""
+    modules = {name: dispatch.leaf_of(op.function.__module__) for name, op in sorted(dispatch.OPS.items())}
+    paths = {name: KERNELS.joinpath(*module.split(".")[2:]).with_suffix(".py") for name, module in modules.items()}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def cases(op: str) -> list[Any]:
+    """The compile cases of an op's leaf; each name must be there once."""
+    found = list(importlib.import_module(f"accel.kernels.{leaves()[op].parent.name}.{op}").compile_cases())
+    names = [case.name for case in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the Triton leaf of {op} names compile cases twice: {twice}")
+    return found
+
+
+def _folder() -> Path:
+    """A cache folder that nobody else can write to: its contents are believed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "accel" / "compile_gate"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user")
+    folder.chmod(0o700)
+    return folder
+
+
+def _sources(op: str) -> bytes:
+    """What an op's results depend on besides the case: its shelf, what every leaf uses, this gate and Triton."""
+    import triton
+
+    files = [*sorted(leaves()[op].parent.glob("*.py")), *sorted(KERNELS.glob("*.py")), Path(__file__)]
+    return triton.__version__.encode() + b"".join(path.read_bytes() for path in files)
+
+
+def _key(sources: bytes, case: Any, architecture: int) -> str:
+    data = (case.name, case.signature, case.constexprs, case.attributes, case.options, case.spill, architecture)
+    return hashlib.sha256(sources + repr(data).encode()).hexdigest()
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes a thread of the one kernel in ``cubin``, from the cuobjdump that Triton brings."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    if len(found) != 1:
+        raise RuntimeError(f"cuobjdump reported {len(found)} kernels where one was compiled:\n{text}")
+    return int(found[0][0]), int(found[0][1])
+
+
+def compile_case(case: Any, architecture: int) -> Result:
+    """Compile one case for ``sm_<architecture>``; whatever the compiler throws is the result's error."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(case.kernel, case.signature, case.constexprs, case.attributes)
+    start = time.perf_counter()
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+        registers, stack = _resources(compiled.asm["cubin"])
+        seconds = time.perf_counter() - start
+        limit = max(STACK_LIMIT, case.spill)
+        return Result(case.name, architecture, registers, stack, compiled.metadata.shared, seconds, stack_limit=limit)
+    except Exception as error:
+        seconds = time.perf_counter() - start
+        return Result(case.name, architecture, 0, 0, 0, seconds, f"{type(error).__name__}: {error}")
+
+
+_loaded: dict[str, list[Any]] = {}
+
+
+def _work(job: tuple[str, int, int]) -> Result:
+    """In a worker: the case is found by position, because kernels do not travel between processes."""
+    stem, position, architecture = job
+    if stem not in _loaded:
+        _loaded[stem] = cases(stem)
+    return compile_case(_loaded[stem][position], architecture)
+
+
+def run(stems: list[str], jobs: int, only: str = "") -> Iterator[Result]:
+    """Results of all cases of the kernel files whose name contains ``only``, as they become known."""
+    folder = _folder()
+    todo: dict[tuple[str, int, int], Path] = {}
+    for stem in stems:
+        sources = _sources(stem)
+        for position, case in enumerate(cases(stem)):
+            for architecture in case.architectures:
+                if only not in case.name:
+                    continue
+                kept = folder / f"{_key(sources, case, architecture)}.json"
+                if kept.exists():
+                    yield Result(**json.loads(kept.read_text()))
+                else:
+                    todo[stem, position, architecture] = kept
+    if not todo:
+        return
+    with ProcessPoolExecutor(max_workers=min(jobs, len(todo))) as pool:
+        for result, kept in zip(pool.map(_work, todo), todo.values(), strict=True):
+            if not result.error:  # an error may be this machine's, a full disk for instance
+                part = kept.with_suffix(f".{os.getpid()}")
+                part.write_text(json.dumps(asdict(result)))
+                part.replace(kept)
+            yield result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m accel.testing.compile_gate", description=__doc__)
+    parser.add_argument("kernels", nargs="*", help="ops; all if none")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    chosen = parser.parse_args(argv)
+    unknown = sorted(set(chosen.kernels) - set(leaves()))
+    if unknown:
+        parser.error(f"no such kernel files: {unknown}; there are {list(leaves())}")
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, which replaces the compiler; unset it for this process")
+    with tempfile.TemporaryDirectory() as scratch:  # not Triton's own cache, whose contents it does not check
+        os.environ["TRITON_CACHE_DIR"] = scratch
+        results = []
+        for result in run(chosen.kernels or list(leaves()), chosen.jobs, chosen.only):
+            results.append(result)
+            verdict = result.problem() or "ok"
+            print(
+                f"sm_{result.architecture:<4} {result.registers:4} registers {result.stack:6} B stack "
+                f"{result.shared:7} B shared {result.seconds:5.1f} s  {result.name}: {verdict}",
+                flush=True,
+            )
+    if chosen.json:
+        rows = [{**asdict(result), "problem": result.problem()} for result in results]
+        chosen.json.write_text(json.dumps(rows, indent=1))
+    failed = [result for result in results if result.problem()]
+    print(f"{len(results)} compiled, {len(failed)} failed")
+    for result in failed:
+        print(f"FAILED sm_{result.architecture} {result.name}: {result.problem()}", file=sys.stderr)
+    return 1 if failed or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

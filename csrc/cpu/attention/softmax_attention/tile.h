@@ -1,0 +1,566 @@
+// One tile of logits, queries × keys: packing of its operands, biases and masks. Shared by forward and backward.
+//
+// Operands are packed as rows of 32-bit words: an fp32 number each or, where the processor multiplies those, a pair of
+// bf16. Their stride is an odd number of cache lines, so that a column does not fall into a few sets of the cache. What is not finite is replaced by zero there and remembered, since 0 · NaN would carry
+// it to queries that may not see it; pairs that may see it are made NaN instead.
+#pragma once
+
+#include "params.h"
+
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "cpu/_gemm.h"
+#include "cpu/_philox.h"
+#include "cpu/_scratch.h"
+#include "cpu/_table.h"
+
+namespace accel::ACCEL_ISA::softmax {
+
+constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
+constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
+
+// Row stride for n floats: whole vectors, an odd number of cache lines.
+inline int spread(int n) {
+  const int lines = int(round_up(n, 16) / 16);
+  return 16 * (lines | 1);
+}
+
+inline int vectors(int n) { return int(round_up(n, W)); }
+
+// Rows of one operand, with a note of those that held something not finite. In PAIRS a word holds two neighbours of a
+// row and nothing is rounded, so that a factor has to wait for the product.
+template <bool PAIRS = false>
+class Rows {
+ public:
+  Rows(int64_t rows, int size)
+      : words(PAIRS ? (size + 1) / 2 : size),
+        padded(vectors(words)),
+        ld(spread(words)),
+        size_(size),
+        data_(rows * ld),
+        bad_(size_t(rows)) {}
+
+  template <typename T>
+  void pack(int64_t row, const T* src, float mul) {
+    float* dst = at(row);
+    vf check{};  // 0 · x is NaN for what is not finite
+    int d = 0;
+    for (; d + W <= size_; d += W) {
+      const vf x = load(src + d);
+      check += x * 0.0f;
+      store(dst + d, x * mul);
+    }
+    if (d < size_) {
+      load_row(src + d, dst + d, size_ - d, W);
+      check += load(dst + d) * 0.0f;
+      store(dst + d, load(dst + d) * mul);
+    }
+    if (!(sum_lanes(check)[0] == 0.0f)) {
+      mark(row);
+      for (int d = 0; d < padded; ++d)
+        if (!std::isfinite(dst[d])) dst[d] = 0.0f;
+    }
+  }
+
+  void pack_pairs(int64_t row, const bf16* src) {
+    bf16* dst = reinterpret_cast<bf16*>(at(row));
+    bool finite = true;
+    int d = 0;
+    for (; d + 2 * W <= size_; d += 2 * W) {
+      const vh2 x = *reinterpret_cast<const vh2_unaligned*>(src + d);
+      *reinterpret_cast<vh2_unaligned*>(dst + d) = x;
+      finite &= all_finite(x);
+    }
+    if (d < 2 * padded) {
+      for (; d < size_; ++d) {
+        dst[d] = src[d];
+        finite &= bool(std::isfinite(to_float(src[d])));
+      }
+      std::memset(dst + size_, 0, size_t(2 * padded - size_) * sizeof(bf16));
+    }
+    if (!finite) {
+      mark(row);
+      for (int d = 0; d < size_; ++d)
+        if (!std::isfinite(to_float(dst[d]))) dst[d] = bf16{0};
+    }
+  }
+
+  void clear(int64_t row) {
+    std::fill_n(at(row), padded, 0.0f);
+    bad_[size_t(row)] = false;
+  }
+
+  void forget() {
+    if (any_bad_) std::fill(bad_.begin(), bad_.end(), 0);
+    any_bad_ = false;
+  }
+  float* at(int64_t row) const { return data_ + row * ld; }
+  bool bad(int64_t row) const { return bad_[size_t(row)]; }
+  bool any_bad() const { return any_bad_; }
+
+  const int words, padded, ld;
+
+ private:
+  void mark(int64_t row) {
+    bad_[size_t(row)] = true;
+    any_bad_ = true;
+  }
+
+  const int size_;
+  Buffer data_;
+  std::vector<char> bad_;
+  bool any_bad_ = false;
+};
+
+template <typename T>
+const T* row_of(const Strided& x, int64_t b, int64_t h, int64_t t) {
+  return static_cast<const T*>(x.data) + b * x.batch + h * x.head + t * x.token;
+}
+
+// One row of T as IN_PAIRS<T> has it; `mul` is for fp32 words alone.
+template <typename T>
+void pack_row(Rows<IN_PAIRS<T>>& rows, int64_t row, const T* src, float mul) {
+  if constexpr (IN_PAIRS<T>) {
+    rows.pack_pairs(row, src);
+  } else {
+    rows.pack(row, src, mul);
+  }
+}
+
+// The keys of one block: rows [first, first + count), then zeros up to whole vectors.
+template <typename T>
+void pack_block(Rows<IN_PAIRS<T>>& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
+  rows.forget();
+  for (int j = 0; j < count; ++j) {
+    const T* src = row_of<T>(x, b, h, first + j);
+    const char* ahead = reinterpret_cast<const char*>(src + 16 * x.token);  // packing waits for memory, not for work
+    for (int i = 0; i < rows.words * 4; i += 64) __builtin_prefetch(ahead + i);
+    pack_row<T>(rows, j, src, 1.0f);
+  }
+  for (int j = count; j < vectors(count); ++j) rows.clear(j);
+}
+
+// Rows in the form of a product's second operand, which is added up over them. As they lie in fp32; in pairs, a word
+// holds the same column of two neighbouring rows.
+template <bool PAIRS>
+class Summed {
+ public:
+  Summed(int64_t rows, const Rows<PAIRS>& like)
+      : ld(PAIRS ? spread(2 * like.padded) : like.ld), data_(PAIRS ? (rows + 1) / 2 * ld : 0) {}
+
+  // Rows [from, from + count) of `rows`. An odd last one is its own mate: the first operand has a zero there.
+  void take(const Rows<PAIRS>& rows, int64_t from, int count) {
+    if constexpr (PAIRS) {
+      for (int i = 0; i < count; i += 2)
+        mate_rows(rows.at(from + i), rows.at(from + std::min(i + 1, count - 1)), data_ + i / 2 * ld, rows.padded);
+    } else {
+      source_ = rows.at(from);
+    }
+  }
+
+  // From row `row`, even in pairs.
+  const float* at(int64_t row) const { return PAIRS ? data_ + row / 2 * ld : source_ + row * ld; }
+
+  const int ld;
+
+ private:
+  Buffer data_;
+  const float* source_ = nullptr;
+};
+
+// tanh, relative error below 4e-7.
+inline vf tanh(vf x) {
+  const vf sign = reinterpret_cast<vf>(reinterpret_cast<vi>(x) & int32_t(0x80000000));
+  const vf a = reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff);
+  const vf e = exp2_nonpositive(a * (-2.0f * LOG2_E));
+  const vf large = (1.0f - e) / (1.0f + e);
+  const vf s = a * a;  // near 0 that difference loses digits: the Taylor series, whose next term is below 2e-7
+  vf p = splat(-1382.0f / 155925.0f);
+  p = p * s + 62.0f / 2835.0f;
+  p = p * s - 17.0f / 315.0f;
+  p = p * s + 2.0f / 15.0f;
+  p = p * s - 1.0f / 3.0f;
+  const vf small = a + a * s * p;
+  const vf y = a < 0.45f ? small : large;
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(y) | reinterpret_cast<vi>(sign));
+}
+
+inline vi lanes() {
+  vi x;
+  for (int i = 0; i < W; ++i) x[i] = i;
+  return x;
+}
+
+// Where a tile meets a block of keys: columns [from, to) of the block in whole vectors, of which some row sees
+// [live_from, live_to) and every row [shared_from, shared_to).
+struct Span {
+  int from, to, live_from, live_to, shared_from, shared_to;
+  bool whole;  // every row sees every column
+  bool empty() const { return live_from >= live_to; }
+};
+
+inline Span meet(const Tile& tile, int64_t block, int count) {
+  const int first = int(block), end = int(block) + count;
+  Span s{0, 0, count, 0, 0, 0, false};
+  for (int i = 0; i < 2; ++i) {
+    const int a = std::max(tile.first[i], first), b = std::min(tile.end[i], end);
+    if (a >= b) continue;
+    s.live_from = std::min(s.live_from, a - first);
+    s.live_to = std::max(s.live_to, b - first);
+  }
+  if (s.empty()) return s;
+  s.from = s.live_from / W * W;
+  s.to = vectors(s.live_to);
+  for (int i = 0; i < 2; ++i) {  // the wider of the two parts that all rows see
+    const int a = std::max(vectors(tile.all_first[i] - first), s.from), b = std::min((tile.all_end[i] - first) / W * W, s.to);
+    if (b - a > s.shared_to - s.shared_from) s.shared_from = a, s.shared_to = b;
+  }
+  if (s.shared_from == s.shared_to) s.shared_from = s.shared_to = s.from;
+  s.whole = s.shared_from == s.from && s.shared_to == s.to;
+  return s;
+}
+
+// Where one query's keys lie.
+struct Seen {
+  int first0, end0, first1, end1, shift;
+};
+
+// A tile of fp32 numbers as the first operand of a product: with a word for each, or rounded to pairs of bf16.
+template <bool PAIRS>
+class Weights {
+ public:
+  Weights() : ld_(PAIRS ? spread(BLOCK_KEYS / 2) : 0), data_(int64_t(TILE_ROWS) * ld_) {}
+
+  // Columns [s.from, s.to) of `rows` rows of x, to be added up over the columns.
+  void take(const float* x, int ld, int rows, const Span& s) {
+    if constexpr (PAIRS) {
+      begin(s);
+      for (int i = 0; i < rows; ++i) fill_row(i, s, [&](int j) { return load(x + int64_t(i) * ld + j); });
+    } else {
+      at_ = x + s.from, row_ = ld;
+    }
+  }
+
+  // The same of the rows that follow, row by row through fill_row; only in pairs.
+  void begin(const Span& s) { at_ = data_ + s.from / 2, row_ = ld_; }
+
+  // f(j) makes the vector at column j.
+  template <typename F>
+  void fill_row(int row, const Span& s, F f) {
+    float* dst = data_ + int64_t(row) * ld_;
+    int j = s.from;
+    for (; j + 2 * W <= s.to; j += 2 * W) {
+      const vf first = f(j);
+      store_halves(dst + j / 2, first, f(j + W));
+    }
+    if (j < s.to) store_halves(dst + j / 2, f(j), vf{});
+  }
+
+  // rows × (to − from) times as many of b.
+  Gemm times(const Summed<PAIRS>& b, const Span& s, float* c, int ldc) const {
+    const int words = PAIRS ? (s.to - s.from) / 2 : s.to - s.from;
+    return {at_, row_, 1, b.at(s.from), b.ld, c, ldc, c, ldc, words};
+  }
+
+ private:
+  const int ld_;
+  Buffer data_;
+  const float* at_ = nullptr;
+  int row_ = 0;
+};
+
+// The same turned round, to be added up over its rows.
+template <bool PAIRS>
+class TurnedWeights {
+ public:
+  TurnedWeights() : ld_(PAIRS ? spread(BLOCK_KEYS) : 0), data_(int64_t(TILE_ROWS + 1) / 2 * ld_) {}
+
+  void take(const float* x, int ld, int rows, const Span& s) {
+    rows_ = rows;
+    if constexpr (PAIRS) {
+      for (int i = 0; i < rows; i += 2)
+        for (int j = s.from; j < s.to; j += W) {
+          const float* at = x + int64_t(i) * ld + j;
+          store_mated(data_ + i / 2 * ld_ + j, load(at), i + 1 < rows ? load(at + ld) : vf{});
+        }
+      at_ = data_ + s.from, col_ = ld_;
+    } else {
+      at_ = x + s.from, col_ = ld;
+    }
+  }
+
+  // (to − from) × rows times as many of b.
+  Gemm times(const Summed<PAIRS>& b, float* c, int ldc) const {
+    return {at_, 1, col_, b.at(0), b.ld, c, ldc, c, ldc, PAIRS ? (rows_ + 1) / 2 : rows_};
+  }
+
+ private:
+  const int ld_;
+  Buffer data_;
+  const float* at_ = nullptr;
+  int col_ = 0, rows_ = 0;
+};
+
+// The logits of tiles, in units of log2(e).
+class Logits {
+ public:
+  explicit Logits(const Params& p)
+      : p(p),
+        ld(spread(BLOCK_KEYS)),
+        x(int64_t(TILE_ROWS) * ld),
+        unit(p.softcap > 0.0f ? 1.0f : LOG2_E),
+        filled_(p.bias || p.table),
+        factor_(p.softcap > 0.0f ? p.scale : p.scale * LOG2_E),
+        init_(filled_ ? int64_t(TILE_ROWS) * ld : 0),
+        slope_(p.softcap > 0.0f ? int64_t(TILE_ROWS) * ld : 0) {}
+
+  Seen seen(int64_t b, int64_t i) const {
+    if (!p.rows) return {0, int(p.keys), 0, 0, int(i + p.keys - 1)};
+    const int32_t* r = p.rows + b * p.rows_batch + i * 5;
+    return {r[0], r[1], r[2], r[3], r[4]};
+  }
+
+  // What q·k is multiplied by before a bias is added: queries in fp32 take it when they are packed.
+  float factor() const { return factor_; }
+
+  // x = logits of the tile's queries (packed rows from q on) and the span's keys; −∞ where a query may not see a key.
+  template <bool PAIRS>
+  void compute(const Rows<PAIRS>& q, int64_t q_row, const Rows<PAIRS>& k, const float* k_t, int k_ld, int64_t b,
+               int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    const Init init = find_init(b, h, tile, block, s);
+    const float* add = capped() ? nullptr : init.at;
+    gemm<PAIRS>({q.at(q_row), q.ld, 1, k_t + s.from, k_ld, x + s.from, ld, add, init.ld, q.words, factor_}, tile.count,
+                (s.to - s.from) / W);
+    if (q.any_bad() || k.any_bad()) spoil(q, q_row, k, tile.count, s);
+    finish(b, h, tile, block, s, init);
+  }
+
+  // The same for a few queries, where packing the keys would cost more than the products.
+  template <typename T>
+  void compute_few(const Rows<>& q, int64_t q_row, int64_t kv, int64_t b, int64_t h, const Tile& tile, int64_t block,
+                   const Span& s) {
+    const Init init = find_init(b, h, tile, block, s);
+    const bool add = init.at && !capped();
+    for (int i = 0; i < tile.count; ++i) {
+      float* row = x + int64_t(i) * ld;
+      std::fill(row + s.from, row + s.to, 0.0f);
+      const T* keys = row_of<T>(p.k, b, kv, block);
+      for (int j = s.live_from; j < s.live_to; ++j)
+        row[j] = (q.bad(q_row + i) ? NOT_A_NUMBER : dot(q.at(q_row + i), keys + j * p.k.token)) +
+                 (add ? init.at[i * init.ld + j - s.from] : 0.0f);
+    }
+    finish(b, h, tile, block, s, init);
+  }
+
+  // Pairs that may see a row of `keys` or `queries` that was not finite; call it before weights replace the logits.
+  template <bool PAIRS>
+  void find_spoiled(const Rows<PAIRS>* queries, int64_t q_row, const Rows<PAIRS>& keys, int count, const Span& s) {
+    spoiled_.clear();
+    if (!keys.any_bad() && !(queries && queries->any_bad())) return;
+    for (int i = 0; i < count; ++i)
+      for (int j = s.from; j < s.to; ++j)
+        if ((keys.bad(j) || (queries && queries->bad(q_row + i))) && !(x[int64_t(i) * ld + j] == NEG_INF))
+          spoiled_.push_back(int64_t(i) * ld + j);
+  }
+  bool any_spoiled() const { return !spoiled_.empty(); }
+  void spoil_pairs(float* tile) const {
+    for (int64_t at : spoiled_) tile[at] = NOT_A_NUMBER;
+  }
+
+  // d logit / d (q·k) of the tile's pair, where there is a softcap.
+  const float* slope() const { return slope_; }
+
+  float keep(int64_t b, int64_t h, int64_t i, int64_t j) const {
+    const uint64_t position = ((uint64_t(b) * p.heads + h) * p.queries + i) * p.keys + j;
+    return philox(p.seed, position) >= p.drop_below ? p.keep_scale : 0.0f;
+  }
+
+  // The first query's place in its line, such that key j is at + j; the next query's is one less.
+  int64_t line_offset(int64_t b, const Tile& tile) const { return p.line_length - 1 - seen(b, tile.query).shift; }
+
+  const Params& p;
+  const int ld;
+  Buffer x;
+
+ private:
+  bool capped() const { return p.softcap > 0.0f; }
+
+  // The bias of a tile, its first row at column s.from; null where there is none.
+  struct Init {
+    const float* at = nullptr;
+    int64_t ld = 0;
+  };
+  Init find_init(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    if (filled_) {
+      fill_bias(b, h, tile, block, s);
+      return {init_ + s.from, ld};
+    }
+    if (p.line) return {line_of(b, h, tile) + block + s.from, -1};
+    return {};
+  }
+
+  void finish(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s, const Init& init) {
+    if (capped()) cap(tile.count, s, init.at, init.ld);
+    if (!s.whole) apply_rules(b, tile, block, s);
+    if (p.mask) apply_mask(b, h, tile, block, s);
+  }
+
+  template <typename T>
+  float dot(const float* q, const T* k) const {
+    vf sum{};
+    int d = 0;
+    for (; d + W <= p.head_dim; d += W) sum += load(q + d) * load(k + d);
+    float total = sum_lanes(sum)[0];
+    for (; d < p.head_dim; ++d) total += q[d] * to_float(k[d]);
+    return total;
+  }
+
+  const float* line_of(int64_t b, int64_t h, const Tile& tile) const {
+    return p.line + h * p.line_stride + line_offset(b, tile);
+  }
+
+  void fill_bias(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    const int to = int(std::min<int64_t>(s.to, p.keys - block));
+    for (int i = 0; i < tile.count; ++i) {
+      float* row = init_ + int64_t(i) * ld;
+      if (p.line) {
+        const float* line = line_of(b, h, tile) + block - i;
+        for (int j = s.from; j < s.to; j += W) store(row + j, load(line + j));
+      } else if (p.bias || !p.index) {
+        std::fill(row + s.from, row + s.to, 0.0f);
+      } else {
+        std::fill(row + to, row + s.to, 0.0f);
+      }
+      if (p.bias) {
+        const float* src = p.bias + b * p.bias_stride[0] + h * p.bias_stride[1] + (tile.query + i) * p.bias_stride[2] +
+                           block * p.bias_stride[3];
+        if (p.bias_stride[3] == 1) {
+          int j = s.from;
+          for (; j + W <= to; j += W) store(row + j, load(row + j) + load(src + j) * unit);
+          for (; j < to; ++j) row[j] += src[j] * unit;
+        } else {
+          for (int j = s.from; j < to; ++j) row[j] += src[j * p.bias_stride[3]] * unit;
+        }
+      }
+      if (p.table) add_table(h, tile.query + i, block, s.from, to, row);
+    }
+  }
+
+  void add_table(int64_t h, int64_t i, int64_t block, int from, int to, float* row) const {
+    const float* column = p.table + h * p.table_rows;
+    if (p.index) {
+      const float* __restrict source = column;
+      float* __restrict sum = row;
+      int32_t narrow[BLOCK_KEYS];
+      const int32_t* __restrict at = index_of(i, block, from, to, narrow);
+      if (p.line || p.bias) {
+        for (int j = from; j < to; ++j) sum[j] += source[at[j]];
+      } else {
+        for (int j = from; j < to; ++j) sum[j] = source[at[j]];
+      }
+      return;
+    }
+    for_each_grid_line(i, block + from, block + to, [&](int64_t j, int64_t turned, int64_t count, int64_t step) {
+      float* dst = row + (j - block);
+      const float* src = column + turned;
+      for (int64_t n = 0; n < count; ++n) dst[n] += src[n * step];
+    });
+  }
+
+  void cap(int count, const Span& s, const float* init, int64_t init_ld) {
+    const float inverse = 1.0f / p.softcap;
+    for (int i = 0; i < count; ++i) {
+      float* row = x + int64_t(i) * ld;
+      float* slope = slope_ + int64_t(i) * ld;
+      const float* add = init ? init - s.from + i * init_ld : nullptr;
+      for (int j = s.from; j < s.to; j += W) {
+        const vf t = tanh(load(row + j) * inverse);
+        vf y = t * p.softcap;
+        if (add) y += load(add + j);
+        store(row + j, y * LOG2_E);
+        store(slope + j, 1.0f - t * t);
+      }
+    }
+  }
+
+  void apply_rules(int64_t b, const Tile& tile, int64_t block, const Span& s) {
+    const vf none = splat(NEG_INF);
+    for (int i = 0; i < tile.count; ++i) {
+      const Seen r = seen(b, tile.query + i);
+      const int first = int(block) + s.from, end = int(block) + s.to;
+      if ((r.first0 <= first && end <= r.end0) || (r.first1 <= first && end <= r.end1)) continue;
+      float* row = x + int64_t(i) * ld;
+      const auto restrict_to = [&](int from, int to) {
+        for (int j = from; j < to; j += W) {
+          const vi at = lanes() + int(block + j);
+          const vi in = ((at >= r.first0) & (at < r.end0)) | ((at >= r.first1) & (at < r.end1));
+          store(row + j, in ? load(row + j) : none);
+        }
+      };
+      restrict_to(s.from, s.shared_from);
+      restrict_to(s.shared_to, s.to);
+    }
+  }
+
+  void apply_mask(int64_t b, int64_t h, const Tile& tile, int64_t block, const Span& s) {
+    const int to = int(std::min<int64_t>(s.to, p.keys - block));
+    for (int i = 0; i < tile.count; ++i) {
+      const uint8_t* src = p.mask + b * p.mask_stride[0] + h * p.mask_stride[1] + (tile.query + i) * p.mask_stride[2] +
+                           block * p.mask_stride[3];
+      float* row = x + int64_t(i) * ld;
+      for (int j = s.from; j < to; ++j) row[j] = src[j * p.mask_stride[3]] ? row[j] : NEG_INF;
+    }
+  }
+
+  template <bool PAIRS>
+  void spoil(const Rows<PAIRS>& q, int64_t q_row, const Rows<PAIRS>& k, int count, const Span& s) {
+    for (int i = 0; i < count; ++i)
+      for (int j = s.from; j < s.to; ++j)
+        if (q.bad(q_row + i) || k.bad(j)) x[int64_t(i) * ld + j] = NOT_A_NUMBER;
+  }
+
+ public:
+  // The index of query i and keys [from, to) of a block; a wide one is copied to `narrow`, since half as many fit into a
+  // vector. Rows are too short for the hardware to foresee the next one.
+  const int32_t* index_of(int64_t i, int64_t block, int from, int to, int32_t* narrow) const {
+    const int64_t at = i * p.keys + block, next = i + 1 < p.queries ? p.keys : 0;
+    if (!p.wide_index) {
+      const int32_t* index = static_cast<const int32_t*>(p.index) + at;
+      for (int j = from; j < to; j += 16) __builtin_prefetch(index + next + j);
+      return index;
+    }
+    const int64_t* wide = static_cast<const int64_t*>(p.index) + at;
+    for (int j = from; j < to; j += 8) __builtin_prefetch(wide + next + j);
+    for (int j = from; j < to; ++j) narrow[j] = int32_t(wide[j]);
+    return narrow;
+  }
+
+  // f(first key, offset of its row in a turned column of the table, keys, step of the offset) along query i.
+  template <typename F>
+  void for_each_grid_line(int64_t i, int64_t from, int64_t to, F f) const {
+    const TableIndex table(p.grid);
+    const int64_t special = table.rows(), last = p.table_rows - 1;
+    if (from < p.extra) {
+      const int64_t end = std::min(to, p.extra);
+      f(from, last - (i < p.extra ? special + 2 : special + 1), end - from, 0);
+      from = end;
+    }
+    if (from >= to) return;
+    if (i < p.extra) return f(from, last - special, to - from, 0);
+    table.for_each_line(i - p.extra, from - p.extra, to - p.extra,
+                        [&](int64_t j, int64_t row, int64_t count) { f(j + p.extra, last - row, count, 1); });
+  }
+
+ private:
+  const float unit;
+  const bool filled_;
+  const float factor_;
+  Buffer init_;   // bias of the tile
+  Buffer slope_;  // 1 − tanh²
+  std::vector<int64_t> spoiled_;
+};
+
+}  // namespace accel::ACCEL_ISA::softmax

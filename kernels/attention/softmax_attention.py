@@ -1,0 +1,335 @@
+"""Softmax attention in Triton: online softmax forward, and backward kernels in which every sum has one owner.
+
+A program of the forward and of the dq kernel owns a tile of queries, one of the dk/dv kernel a tile of keys of a
+key head. Each visits only tiles that its rule lets it see, first those seen in part, then the full ones without masks.
+Here are their tiles and launches; the kernels stand in ``_attention_forward.py`` and ``_attention_backward.py``, and
+the gradients of biases have kernels of their own (``_attention_biases.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from accel.kernels import _launch
+from accel.kernels.attention import backward as backwards
+from accel.kernels.attention import biases
+from accel.kernels.attention import forward as forwards
+from accel.kernels.attention.arguments import Tile, head_block, launch, shared
+from accel.kernels.attention.spans import span_launches
+from accel.ops.attention.softmax_attention import Args, empty_like_layout
+
+# --- tiles ---
+
+
+def _weight(args: Args) -> int:
+    """What a logit takes beside its product: 0 nothing, 1 the registers of one more tile, 2 also those of an index or
+    of places on a grid, 3 several of these or random bits."""
+    more = sum([x is not None for x in (args.bias, args.line, args.table, args.mask)]) + (args.softcap > 0.0)
+    if args.dropout_p > 0.0 or more > 1:
+        return 3
+    return 2 if args.table is not None else more
+
+
+Tiles = dict[tuple[int, int], Tile]
+"""By head size and weight of a logit."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The tiles of one kernel: on Hopper those of ``hopper`` first, a small one for what is in no table."""
+
+    every: Tiles
+    hopper: Tiles
+    fp32: tuple[Tile, Tile]  # for heads up to 64 and wider ones
+
+    def of(self, args: Args, capability: tuple[int, int]) -> Tile:
+        """For the wider of both head sizes and the weight of a logit."""
+        widest = max(64, triton.next_power_of_2(max(args.q.shape[3], args.v.shape[3])))
+        key = (widest, _weight(args))
+        if args.q.element_size() == 4:
+            tile = self.fp32[0] if widest == 64 else self.fp32[1]
+        elif capability[0] == 9 and key in self.hopper:
+            tile = self.hopper[key]
+        else:
+            tile = self.every.get(key, Tile(32, 32, 8, 1))
+        return tile.within(args.q.shape[2], args.k.shape[2])
+
+
+# Those for every GPU were chosen by the registers that the compile gate reports. Those for Hopper were measured on an
+# H200, with 8192 tokens (weight 0), 2048 (1) and 577 (2): the fastest that do not spill, or one that spills and is
+# faster by a tenth or more.
+FORWARD = _Choice(
+    every={
+        (64, 0): Tile(128, 64, 4, 3),
+        (64, 1): Tile(64, 64, 4, 2),
+        (64, 2): Tile(64, 64, 8, 2),
+        (128, 0): Tile(128, 64, 8, 3),
+        (128, 1): Tile(64, 64, 8, 2),
+        (128, 2): Tile(64, 64, 8, 2),
+        (256, 0): Tile(64, 32, 8, 2),
+        (256, 1): Tile(64, 32, 8, 2),
+    },
+    hopper={
+        (64, 1): Tile(64, 64, 4, 2),
+        (64, 2): Tile(64, 64, 4, 2, spill=48),
+        (128, 0): Tile(128, 128, 8, 3),
+        (128, 1): Tile(64, 64, 4, 2, spill=320),
+    },
+    fp32=(Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+)
+KEYS = _Choice(
+    every={
+        (64, 0): Tile(32, 64, 8, 2),
+        (64, 1): Tile(32, 64, 8, 1),
+        (64, 2): Tile(32, 32, 4, 1),
+        (128, 0): Tile(32, 64, 8, 2),
+        (128, 1): Tile(32, 64, 8, 1),
+        (256, 0): Tile(32, 32, 8, 1),
+        (256, 1): Tile(32, 32, 8, 1),
+    },
+    hopper={
+        (64, 0): Tile(64, 64, 4, 2),
+        (64, 1): Tile(64, 64, 4, 1),
+        (64, 2): Tile(64, 64, 4, 1),
+        (128, 0): Tile(64, 128, 8, 2, spill=256),
+        (128, 1): Tile(64, 64, 4, 1, spill=320),
+    },
+    fp32=(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+QUERIES = _Choice(
+    every={
+        (64, 0): Tile(128, 64, 8, 2),
+        (64, 1): Tile(64, 32, 4, 2),
+        (64, 2): Tile(64, 32, 8, 2),
+        (128, 0): Tile(128, 64, 8, 2),
+        (128, 1): Tile(64, 32, 8, 2),
+        (256, 0): Tile(32, 32, 8, 1),
+        (256, 1): Tile(32, 32, 8, 1),
+    },
+    hopper={
+        (64, 0): Tile(128, 64, 8, 3),
+        (64, 1): Tile(64, 64, 4, 1),
+        (64, 2): Tile(64, 64, 4, 1),
+        (128, 0): Tile(128, 64, 8, 3),
+        (128, 1): Tile(64, 64, 4, 2),
+    },
+    fp32=(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+)
+
+
+# --- launches ---
+
+
+def why_not(args: Any) -> str | None:
+    """Why these kernels cannot run the call; dtype and head sizes are judged by the op.
+
+    ``torch.compile`` traces through this, which bars generator expressions and Triton's helpers.
+    """
+    q, k = args.q, args.k
+    if not (_launch.INTERPRETING and q.device.type == "cpu"):
+        if q.device.type != "cuda":
+            return f"it runs on NVIDIA GPUs, and the tensors are on {q.device.type}"
+        if torch.version.hip:
+            return f"it is built for NVIDIA GPUs, and this is ROCm {torch.version.hip}"
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < (8, 0):
+            return f"it needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    tiles = -(-max(q.shape[2], k.shape[2]) // 16)
+    if q.shape[0] * q.shape[1] * tiles >= 2**31:
+        return f"{tuple(q.shape)} queries with {k.shape[2]} keys are more tiles than one launch can number"
+    if args.table is not None and args.table.numel() >= 2**31:
+        return f"a bias table of {tuple(args.table.shape)} is more than 32 bits can address"
+    for name, x in (("bias", args.bias), ("mask", args.mask), ("bias_index", args.bias_index)):
+        if x is not None and max([0 if x.shape[n] == 1 else x.stride(n) for n in (-2, -1)]) >= 2**23:
+            return f"it takes a {name} whose rows are less than 2**23 elements apart, not strides of {x.stride()}"
+    return None
+
+
+def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A result buffer in the layout of ``x``."""
+    return torch.empty_like(empty_like_layout(x, shape), dtype=_launch.store_dtype(x.dtype))
+
+
+def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Empty out and lse."""
+    return _empty(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _forward_launch(out: Tensor, lse: Tensor, args: Args, capability: tuple[int, int]) -> Any:
+    tile = FORWARD.of(args, capability)
+    programs = lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], tile.queries)
+    return launch(
+        forwards._forward, programs, tile, **shared(args, {"out": out}), out_ptr=out, lse_ptr=lse, sinks_ptr=args.sinks
+    )
+
+
+def _sums_launch(sums: Tensor, grad_out: Tensor, out: Tensor) -> Any:
+    sides = (("out", out), ("grad", grad_out))
+    steps = {f"{name}_{axis}": x.stride(n) for name, x in sides for n, axis in enumerate("bht")}
+    batches, heads, queries, size = out.shape
+    tile = Tile(max(1, 2048 // head_block(size)), 16, 4, 1)
+    given = {"sums_ptr": sums, "out_ptr": out, "grad_ptr": grad_out, "heads": heads, "queries": queries, "E": size}
+    programs = batches * heads * triton.cdiv(queries, tile.queries)
+    return launch(backwards._row_sums, programs, tile, **given, **steps, BLOCK_E=head_block(size))
+
+
+def row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
+    """``(B, H, T)`` fp32: the sum of ``out`` · ``grad_out``, both ``(B, H, T, E)``, over the last axis.
+
+    torch would write both in fp32 first, which takes as long as a tenth of the backward pass at 8192 tokens.
+    """
+    sums = out.new_empty(out.shape[:3], dtype=torch.float32)
+    with _launch.device_of(out):
+        _sums_launch(sums, grad_out, out).run()
+    return sums
+
+
+@dataclass(frozen=True)
+class _Backward:
+    """The launches of a backward pass in order, and the buffers they fill."""
+
+    launches: list[Any]
+    grads: tuple[Tensor, Tensor, Tensor]
+    parts: tuple[Tensor | None, Tensor | None, Tensor | None]  # of bias, line and table, summed over the first axis
+
+
+def _backward_plan(
+    grad_out: Tensor, delta: Tensor, lse: Tensor, args: Args, needs: list[bool], capability: tuple[int, int]
+) -> _Backward:
+    q, k, v = args.q, args.k, args.v
+    grad_q, grad_k, grad_v = (_empty(x, tuple(x.shape)) for x in (q, k, v))
+    given = {
+        **shared(args, {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "grad": grad_out}),
+        "grad_q_ptr": grad_q,
+        "grad_k_ptr": grad_k,
+        "grad_v_ptr": grad_v,
+        "grad_ptr": grad_out,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+    }
+    tile = KEYS.of(args, capability)
+    launches, spans, spans_b = span_launches(args, tile)
+    programs = k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tile.keys)
+    launches.append(launch(backwards._backward_keys, programs, tile, **given, spans_ptr=spans, spans_b=spans_b))
+    tile = QUERIES.of(args, capability)
+    programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tile.queries)
+    launches.append(launch(backwards._backward_queries, programs, tile, **given))
+    parts: list[Tensor | None] = []
+    for wanted, x, plan in zip(
+        needs, (args.bias, args.line, args.table), (biases.plan_bias, biases.plan_line, biases.plan_table), strict=True
+    ):
+        part = None
+        if wanted and x is not None:
+            more, part = plan(args, given, capability)
+            launches.append(more)
+        parts.append(part)
+    return _Backward(launches, (grad_q, grad_k, grad_v), (parts[0], parts[1], parts[2]))
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; arguments are the fields of ``accel.ops.attention.softmax_attention.Args``."""
+    given = Args(*args)
+    out, lse = _results(given.q, given.v)
+    with _launch.device_of(given.q):
+        _forward_launch(out, lse, given, _launch.capability(given.q)).run()
+    return out.to(given.q.dtype), lse
+
+
+def backward(grad_out: Tensor, delta: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and, where needed, of bias, line and table (fp32, else empty).
+
+    ``delta`` is the sum of weight · gradient over each row, less the gradient of the log-sum-exp.
+    """
+    *args, needs = rest
+    given = Args(*args)
+    with _launch.device_of(given.q):
+        plan = _backward_plan(grad_out, delta.contiguous(), lse.contiguous(), given, needs, _launch.capability(given.q))
+        for step in plan.launches:
+            step.run()
+        small = [lse.new_empty(0) if part is None else part.sum(0).contiguous() for part in plan.parts]
+    grads = [g.to(x.dtype) for g, x in zip(plan.grads, (given.q, given.k, given.v), strict=True)]
+    return *grads, *small
+
+
+# --- what the compile gate builds ---
+
+
+def compile_cases() -> Iterator[_launch.CompileCase]:
+    """Every tile of the tables, plain and in the heaviest calls that reach it; what the compiler sees twice, once."""
+    return _launch.once(case for dtype, sizes, flags in _calls() for case in _cases(dtype, sizes, **flags))
+
+
+def _calls() -> Iterator[tuple[torch.dtype, tuple[int, int], dict[str, Any]]]:
+    fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
+    everything = {"rule": "other", "mask": True, "bias": True, "line": True, "dropout": True, "softcap": True}
+    for size in (64, 128):
+        yield bf16, (size, size), {"rule": "causal"}
+        yield bf16, (size, size), {"rule": "other", "mask": True}
+        yield bf16, (size, size), {"bias": True}
+        yield fp32, (size, size), everything
+    yield bf16, (64, 64), everything
+    yield bf16, (256, 256), everything
+    yield bf16, (192, 128), {"rule": "other", "softcap": True}
+    yield bf16, (64, 64), {"table": "grid", "rule": "all"}
+    yield bf16, (64, 64), {"line": True, "rule": "all"}
+    yield bf16, (128, 128), {"table": "grid", "rule": "all"}
+    yield fp16, (64, 64), {"table": "index", "rule": "causal", "aligned": False}
+
+
+def _cases(
+    dtype: torch.dtype,
+    head_sizes: tuple[int, int],
+    rule: str = "all",
+    mask: bool = False,
+    bias: bool = False,
+    line: bool = False,
+    table: str = "",
+    dropout: bool = False,
+    softcap: bool = False,
+    aligned: bool = True,
+) -> Iterator[_launch.CompileCase]:
+    """The launches of one call, forward and backward, on tensors that have shapes only."""
+    name = f"{str(dtype)[6:]} D={head_sizes[0]} E={head_sizes[1]} {rule}"
+    for flag in ("mask", "bias", "line", "table", "dropout", "softcap"):
+        name += f" {flag}" if locals()[flag] else ""
+    tokens = 1024
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def heads(count: int, size: int) -> Tensor:
+        return empty(2, count, tokens, size + (0 if aligned else 1), dtype=dtype)[..., :size]
+
+    args = Args(
+        q=heads(4, head_sizes[0]),
+        k=heads(2, head_sizes[0]),
+        v=heads(2, head_sizes[1]),
+        bias=empty(1, 4, tokens, tokens, dtype=dtype) if bias else None,
+        line=empty(4, 2 * tokens - 1) if line else None,
+        table=empty(63 * 63, 4) if table else None,
+        sinks=empty(4) if softcap else None,
+        mask=empty(2, 1, 1, tokens, dtype=torch.bool) if mask else None,
+        bias_index=empty(tokens, tokens, dtype=torch.int32) if table == "index" else None,
+        rows=empty(2, tokens, 5, dtype=torch.int32) if rule != "all" else None,
+        seed=empty(1, dtype=torch.int64) if dropout else None,
+        grid=[32, 32, 0] if table == "grid" else [],
+        rule=rule,
+        scale=0.125,
+        softcap=30.0 if softcap else 0.0,
+        dropout_p=0.1 if dropout else 0.0,
+    )
+    out, lse = _results(args.q, args.v)
+
+    def of(capability: tuple[int, int]) -> Iterator[_launch.CompileCase]:
+        yield _forward_launch(out, lse, args, capability).case(name)
+        yield _sums_launch(lse, out, out).case(name)
+        for step in _backward_plan(out, lse, lse, args, [True] * 3, capability).launches:
+            yield step.case(name)
+
+    yield from _launch.by_generation(of((8, 0)), of((9, 0)))
