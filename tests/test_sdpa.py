@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from _bad import Bad, check_bad, each
 
 import accel
 from accel.testing import assert_close
@@ -136,21 +137,21 @@ def test_positional_arguments_stand_where_torch_has_them():
         assert_close(out, expected, "softmax_few", torch.float32)
 
 
-BAD = {
-    "mask_and_causal": (Q, K, V, {"attn_mask": boolean(L, S), "is_causal": True}, r"not both.*\(7, 9\)"),
-    "one_axis": ((D,), K, V, {}, r"at least 2-D.*\(16,\)"),
-    "sizes": (Q, (2, 3, S, 8), V, {}, r"do not fit.*\(2, 3, 9, 8\)"),
-    "heads": ((2, 6, L, D), (2, 4, S, D), (2, 4, S, E), {"enable_gqa": True}, r"divide.*\(2, 4, 9, 16\)"),
-    "mask_shape": (Q, K, V, {"attn_mask": boolean(L, L)}, r"\(2, 3, 7, 9\).*\(1, 1, 7, 7\)"),
-    "dropout": (Q, K, V, {"dropout_p": 1.5}, "dropout_p=1.5"),
-}
+GOOD = {"query": normal(*Q), "key": normal(*K), "value": normal(*V)}
+BAD = [
+    Bad("mask_and_causal", ValueError, r"not both.*\(7, 9\)", {"attn_mask": boolean(L, S), "is_causal": True}),
+    Bad("one_axis", ValueError, r"at least 2-D.*\(16,\)", {"query": normal(D)}),
+    Bad("sizes", ValueError, r"do not fit.*\(2, 3, 9, 8\)", {"key": normal(2, 3, S, 8)}),
+    Bad("heads", ValueError, r"divide.*\(2, 4, 9, 16\)",
+        {"query": normal(2, 6, L, D), "key": normal(2, 4, S, D), "value": normal(2, 4, S, E), "enable_gqa": True}),
+    Bad("mask_shape", ValueError, r"\(2, 3, 7, 9\).*\(1, 1, 7, 7\)", {"attn_mask": boolean(L, L)}),
+    Bad("dropout", ValueError, "dropout_p=1.5", {"dropout_p": 1.5}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input(name):
-    *shapes, how, words = BAD[name]
-    with pytest.raises(ValueError, match=words):
-        accel.scaled_dot_product_attention(*(normal(*shape) for shape in shapes), **how)
+@each(BAD)
+def test_bad_input(bad):
+    check_bad(accel.scaled_dot_product_attention, GOOD, bad)
 
 
 def test_an_integer_mask_is_refused():

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from windows.test_window_attention import case
+from windows._window_cases import case
 
 import accel
 from accel import dispatch, testing

@@ -9,7 +9,6 @@ from accel.testing.checks import (
     check_batch,
     check_checkpoint,
     check_compile,
-    check_gradcheck,
     check_guard_pages,
     check_op,
     check_opcheck,
@@ -17,7 +16,6 @@ from accel.testing.checks import (
     check_repeat,
     check_strides,
     check_subsets,
-    check_values,
 )
 from accel.testing.running import (
     Case,
@@ -36,10 +34,12 @@ from accel.testing.tolerance import (
     assert_close,
     assert_same,
 )
+from accel.testing.values import LEVELS, check_flops, check_gradcheck, check_levels, check_values
 
 __all__ = [
     "HALVES",
     "KERNEL_DTYPES",
+    "LEVELS",
     "TOLERANCES",
     "Case",
     "Tolerance",
@@ -49,8 +49,10 @@ __all__ = [
     "check_batch",
     "check_checkpoint",
     "check_compile",
+    "check_flops",
     "check_gradcheck",
     "check_guard_pages",
+    "check_levels",
     "check_op",
     "check_opcheck",
     "check_poison",

@@ -1,4 +1,4 @@
-"""The checks that every op and backend must pass: values, and behaviour that is the same for all of them."""
+"""The checks that every op and backend must pass: the behaviour that is the same for all of them, and all together."""
 
 from __future__ import annotations
 
@@ -34,68 +34,13 @@ from accel.testing.running import (
     watch,
 )
 from accel.testing.tolerance import HALVES, assert_close, assert_same
-
-# --- values ---
-
-
-@functools.lru_cache(maxsize=8)
-def _oracle(
-    function: Callable[..., Any], case: Case, dtype: torch.dtype, device: str
-) -> tuple[dict[str, Tensor], dict[str, Any], Tensor, Run]:
-    """What all backends are compared with: inputs, upstream gradient, and the reference on them in float64."""
-    tensors, kwargs, grad_out = prepared(function, case, dtype, device)
-    want = run(function, double(tensors), kwargs, "reference", grad_out=grad_out.double())
-    return tensors, kwargs, grad_out, want
-
-
-def check_values(
-    function: Callable[..., Any], case: Case, backend: str, dtype: torch.dtype, device: str = "cpu"
-) -> None:
-    """Output and every gradient against the float64 reference on the same rounded inputs."""
-    tensors, kwargs, grad_out, want = _oracle(function, case, dtype, device)
-    require(function, backend, tensors, kwargs)
-    with watch(op_of(function)) as ran:
-        got = run(function, tensors, kwargs, backend, grad_out=grad_out)
-    assert ran == expected_calls(backend, "forward", "backward"), f"{ran=}, asked for {backend}"
-    main = next(iter(tensors.values()))
-    assert got.out.dtype == main.dtype, f"{got.out.dtype=}, {main.dtype=}"
-    for part, expected in case.split(want.out, "out", kwargs).items():
-        assert_close(case.split(got.out, "out", kwargs)[part], expected, case.family, dtype, part)
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        grad, expected_grad = got.grads[name], want.grads[name]
-        if expected_grad is None:  # autograd's own word for a tensor that has no effect
-            expected_grad = torch.zeros(tensor.shape, dtype=torch.float64)
-        if grad is None:
-            assert backend == "reference", f"{backend} gives no gradient for {name}"
-            grad = torch.zeros_like(tensor)
-        assert grad.dtype == tensor.dtype, f"gradient of {name} is {grad.dtype}, the tensor {tensor.dtype}"
-        parts = case.split(grad, name, kwargs)
-        for part, expected in case.split(expected_grad, name, kwargs).items():
-            # a small fp32 parameter's gradient is made of the main tensor's rounded values
-            assert_close(parts[part], expected, case.gradient_family(name), dtype, f"gradient of {part}")
+from accel.testing.values import check_gradcheck, check_values
 
 
 def _check_equal(got: Run, want: Run, what: str) -> None:
     assert got.named().keys() == want.named().keys(), f"{what}: {got.grads.keys()} against {want.grads.keys()}"
     for name, expected in want.named().items():
         assert_same(got.named()[name], expected, f"{what}: {name}")
-
-
-def check_gradcheck(function: Callable[..., Any], case: Case, device: str = "cpu") -> None:
-    """The reference's derivatives against finite differences: every element of the first (a wrong one of many
-    escapes gradcheck's fast mode), the second in sum."""
-    tensors, kwargs = case.make(torch.float64, device, 0)
-    names = [n for n, t in tensors.items() if t.is_floating_point()]
-
-    def call(*values: Tensor) -> Any:
-        torch.manual_seed(SEED)
-        return function(**{**tensors, **dict(zip(names, values, strict=True))}, **kwargs, backend="reference")
-
-    inputs = tuple(tensors[n].double().requires_grad_() for n in names)
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=False)
-    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
 def _error(call: Callable[[], Any]) -> Exception | None:

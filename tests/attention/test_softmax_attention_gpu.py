@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_softmax_attention import BEHAVIOUR, CASES
+from _attention_cases import BEHAVIOUR, CASES
 
 import accel
 from accel.ops.attention.softmax_attention import OP

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from test_softmax_attention import GRADIENTS, WHOLE, by_name, case, random_index
+from _attention_calls import case, random_index
+from _attention_cases import GRADIENTS, WHOLE, by_name
 
 import accel
 from accel import Grid2D, testing

@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
+from _bad import Bad, zeros
 
 from accel import dispatch, testing
 from accel.testing import Case, assert_same
 
 BACKENDS = ("cpu", "reference")
-LEVELS = ["portable", "avx2", "avx512", "avx512_bf16"]
 NOT_FINITE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
 
 
@@ -360,56 +360,31 @@ class OnEachBackend:
         assert_same(grad.isfinite(), ~reached, "where a gradient that is not finite arrives")
 
 
-def check_every_instruction_set(function, level, case):
-    tensors, kwargs = case.make(torch.float32, "cpu", 0)
-    testing.require(function, "cpu", tensors, kwargs)
-    extension = dispatch.leaf("accel._C")[0]
-    info = extension.build_info()
-    if level not in info["isa_built"] or LEVELS.index(level) > LEVELS.index(info["isa_highest"]):
-        pytest.skip(f"built for {info['isa_built']}, and this processor has {info['isa_highest']}")
-    extension.set_isa(level)
-    try:
-        assert extension.build_info()["isa"] == level
-        for dtype in testing.KERNEL_DTYPES:
-            testing.check_values(function, case, "cpu", dtype)
-    finally:
-        extension.set_isa(info["isa"])
-
-
-def bad_calls():
-    """``(name, error, regular expression, what to change)`` of a good call on a map (2, 12, 5, 6) in (3, 2) bins."""
-    zeros = torch.zeros
-    return [
-        ("not_a_tensor", TypeError, "input must be .* list", {"input": [1.0]}),
-        ("integer_input", TypeError, "input must be .* torch.uint8", {"input": zeros(2, 12, 5, 6, dtype=torch.uint8)}),
-        ("rank_3", ValueError, r"\(12, 5, 6\)", {"input": zeros(12, 5, 6)}),
-        ("no_rows", ValueError, r"\(2, 12, 0, 6\)", {"input": zeros(2, 12, 0, 6)}),
-        ("no_channels", ValueError, r"\(2, 0, 5, 6\)", {"input": zeros(2, 0, 5, 6)}),
-        ("too_wide", ValueError, "4194305", {"input": zeros(1).expand(2, 12, 1, 2**22 + 1)}),
-        ("channels", ValueError, "3 x 2 = 6 bins .* got 13", {"input": zeros(2, 13, 5, 6)}),
-        ("fewer_channels", ValueError, "4 x 4 = 16 bins .* got 12", {"output_size": 4}),
-        ("no_bins", ValueError, r"at least 1, got output_size=\(3, 0\)", {"output_size": (3, 0)}),
-        ("three_bins", ValueError, r"output_size=\(1, 1, 1\)", {"output_size": (1, 1, 1)}),
-        ("bins_no_integer", TypeError, "output_size=2.0", {"output_size": 2.0}),
-        ("scale_nan", ValueError, "spatial_scale=nan", {"spatial_scale": math.nan}),
-        ("boxes_of_4", ValueError, r"\(K, 5\).*\(3, 4\)", {"boxes": zeros(3, 4)}),
-        ("boxes_flat", ValueError, r"\(K, 5\).*\(5,\)", {"boxes": zeros(5)}),
-        ("integer_boxes", TypeError, "boxes must .* torch.int64", {"boxes": zeros(3, 5, dtype=torch.int64)}),
-        ("no_boxes", TypeError, "list of .* NoneType", {"boxes": None}),
-        ("boxes_elsewhere", ValueError, "boxes is on meta .* cpu", {"boxes": zeros(3, 5, device="meta")}),
-        ("listed_of_5", ValueError, r"boxes\[1\] must be \(L, 4\), got \(3, 5\)",
-         {"boxes": [zeros(1, 4), zeros(3, 5)]}),
-        ("listed_numbers", TypeError, r"boxes\[0\] must .* float", {"boxes": [1.0]}),
-        ("listed_too_many", ValueError, "lists 3 images, .* batch of 2", {"boxes": [zeros(1, 4)] * 3}),
-        ("no_such_backend", ValueError, "no backend 'cuda9'; it has cpu", {"backend": "cuda9"}),
-    ]  # fmt: skip
-
-
-def check_bad_call(function, error, words, change):
-    good = {"input": torch.zeros(2, 12, 5, 6), "boxes": torch.zeros(3, 5), "output_size": (3, 2)}
-    assert function(**good).shape == (3, 2, 3, 2)
-    with pytest.raises(error, match=words):
-        function(**{**good, **change})
+GOOD = {"input": zeros(2, 12, 5, 6), "boxes": zeros(3, 5), "output_size": (3, 2)}
+BAD = [
+    Bad("not_a_tensor", TypeError, "input must be .* list", {"input": [1.0]}),
+    Bad("integer_input", TypeError, "input must be .* torch.uint8", {"input": zeros(2, 12, 5, 6, dtype=torch.uint8)}),
+    Bad("rank_3", ValueError, r"\(12, 5, 6\)", {"input": zeros(12, 5, 6)}),
+    Bad("no_rows", ValueError, r"\(2, 12, 0, 6\)", {"input": zeros(2, 12, 0, 6)}),
+    Bad("no_channels", ValueError, r"\(2, 0, 5, 6\)", {"input": zeros(2, 0, 5, 6)}),
+    Bad("too_wide", ValueError, "4194305", {"input": zeros(1).expand(2, 12, 1, 2**22 + 1)}),
+    Bad("channels", ValueError, "3 x 2 = 6 bins .* got 13", {"input": zeros(2, 13, 5, 6)}),
+    Bad("fewer_channels", ValueError, "4 x 4 = 16 bins .* got 12", {"output_size": 4}),
+    Bad("no_bins", ValueError, r"at least 1, got output_size=\(3, 0\)", {"output_size": (3, 0)}),
+    Bad("three_bins", ValueError, r"output_size=\(1, 1, 1\)", {"output_size": (1, 1, 1)}),
+    Bad("bins_no_integer", TypeError, "output_size=2.0", {"output_size": 2.0}),
+    Bad("scale_nan", ValueError, "spatial_scale=nan", {"spatial_scale": math.nan}),
+    Bad("boxes_of_4", ValueError, r"\(K, 5\).*\(3, 4\)", {"boxes": zeros(3, 4)}),
+    Bad("boxes_flat", ValueError, r"\(K, 5\).*\(5,\)", {"boxes": zeros(5)}),
+    Bad("integer_boxes", TypeError, "boxes must .* torch.int64", {"boxes": zeros(3, 5, dtype=torch.int64)}),
+    Bad("no_boxes", TypeError, "list of .* NoneType", {"boxes": None}),
+    Bad("boxes_elsewhere", ValueError, "boxes is on meta .* cpu", {"boxes": zeros(3, 5, device="meta")}),
+    Bad("listed_of_5", ValueError, r"boxes\[1\] must be \(L, 4\), got \(3, 5\)",
+        {"boxes": [zeros(1, 4), zeros(3, 5)]}),
+    Bad("listed_numbers", TypeError, r"boxes\[0\] must .* float", {"boxes": [1.0]}),
+    Bad("listed_too_many", ValueError, "lists 3 images, .* batch of 2", {"boxes": [zeros(1, 4)] * 3}),
+    Bad("no_such_backend", ValueError, "no backend 'cuda9'; it has cpu", {"backend": "cuda9"}),
+]  # fmt: skip
 
 
 # --- the Triton kernels, on the interpreter or a GPU ---

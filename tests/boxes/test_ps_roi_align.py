@@ -5,16 +5,15 @@ import functools
 import numpy as np
 import pytest
 import torch
+from _bad import Bad, check_bad, each
 from _boxes import (
     BACKENDS,
-    LEVELS,
+    BAD,
+    GOOD,
     OnEachBackend,
     align_plane,
-    bad_calls,
     case,
     check_against_oracle,
-    check_bad_call,
-    check_every_instruction_set,
     checks_of,
     common_cases,
 )
@@ -137,10 +136,14 @@ def test_float32_loops(backend, name):
     check_against_oracle(accel.ps_roi_align, align_plane, by_name(name), backend, torch.float32, np.float32, 2e-5)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["plain", "7x7_bins", "wide", "40_channels", "long_bins", "ratio_2", "exact"])
-def test_every_instruction_set(level, name):
-    check_every_instruction_set(accel.ps_roi_align, level, by_name(name))
+LEVELS = testing.check_levels(
+    accel.ps_roi_align, map(by_name, ["plain", "7x7_bins", "wide", "40_channels", "long_bins", "ratio_2", "exact"])
+)
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in LEVELS])
+def test_every_instruction_set(check):
+    check()
 
 
 def test_compiled_by_inductor():
@@ -149,16 +152,15 @@ def test_compiled_by_inductor():
     testing.check_compile(accel.ps_roi_align, BEHAVIOUR[0], backend, compiler="inductor")
 
 
-BAD = [
-    *bad_calls(),
-    ("ratio_no_integer", TypeError, "sampling_ratio=1.5", {"sampling_ratio": 1.5}),
-    ("ratio_too_large", ValueError, "at most 4096, got sampling_ratio=5000", {"sampling_ratio": 5000}),
+BAD_RATIOS = [
+    Bad("ratio_no_integer", TypeError, "sampling_ratio=1.5", {"sampling_ratio": 1.5}),
+    Bad("ratio_too_large", ValueError, "at most 4096, got sampling_ratio=5000", {"sampling_ratio": 5000}),
 ]
 
 
-@pytest.mark.parametrize(("error", "words", "change"), [c[1:] for c in BAD], ids=[c[0] for c in BAD])
-def test_bad_input(error, words, change):
-    check_bad_call(accel.ps_roi_align, error, words, change)
+@each([*BAD, *BAD_RATIOS])
+def test_bad_input(bad):
+    check_bad(accel.ps_roi_align, GOOD, bad)
 
 
 def test_double_runs_on_the_reference_alone():

@@ -3,15 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from _bad import check_bad, each
 from _boxes import (
     BACKENDS,
-    LEVELS,
+    BAD,
+    GOOD,
     OnEachBackend,
-    bad_calls,
     case,
     check_against_oracle,
-    check_bad_call,
-    check_every_instruction_set,
     checks_of,
     common_cases,
     naive,
@@ -132,10 +131,12 @@ def test_gradient_is_that_of_the_output_at_the_border(backend):
     torch.testing.assert_close(got.grads["input"][0, 0], expected)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["plain", "7x7_bins", "wide", "40_channels", "exact"])
-def test_every_instruction_set(level, name):
-    check_every_instruction_set(accel.ps_roi_pool, level, by_name(name))
+LEVELS = testing.check_levels(accel.ps_roi_pool, map(by_name, ["plain", "7x7_bins", "wide", "40_channels", "exact"]))
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in LEVELS])
+def test_every_instruction_set(check):
+    check()
 
 
 def test_compiled_by_inductor():
@@ -144,9 +145,9 @@ def test_compiled_by_inductor():
     testing.check_compile(accel.ps_roi_pool, BEHAVIOUR[0], backend, compiler="inductor")
 
 
-@pytest.mark.parametrize(("error", "words", "change"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
-def test_bad_input(error, words, change):
-    check_bad_call(accel.ps_roi_pool, error, words, change)
+@each(BAD)
+def test_bad_input(bad):
+    check_bad(accel.ps_roi_pool, GOOD, bad)
 
 
 def test_double_runs_on_the_reference_alone():

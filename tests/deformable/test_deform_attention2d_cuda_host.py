@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import _cuda_host as host
 import pytest
 import torch
-from test_deform_attention2d import CASES, case, some_not_finite
+from _deform_attention2d_cases import CASES, case, some_not_finite
 from torch import Tensor
 
 from accel.ops.deformable.deform_attention2d import OP, Args, reference

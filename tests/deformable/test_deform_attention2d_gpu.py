@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_deform_attention2d import BEHAVIOUR, CASES
+from _deform_attention2d_cases import BEHAVIOUR, CASES
 
 import accel
 from accel.ops.deformable.deform_attention2d import OP

@@ -7,8 +7,8 @@ from typing import Any
 
 import test_deform_attention2d_cuda_host as cuda
 import torch
+from _deform_attention2d_cases import case, whole
 from _random_calls import check_on_cpu, cpu_calls, cuda_calls, hypothesis, st, window
-from test_deform_attention2d import case, whole
 
 import accel
 from accel.testing import Case

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 import test_deform_attention2d as common
+from _deform_attention2d_cases import CASES, by_name, case
 from _triton_checks import DEVICE, params
-from test_deform_attention2d import CASES, by_name, case
 
 import accel
 from accel import testing

@@ -10,7 +10,7 @@ from typing import Any
 import _cuda_host as host
 import pytest
 import torch
-from test_deform_conv2d import P1, case
+from _deform_conv2d_cases import P1, case
 from torch import Tensor
 
 from accel import dispatch

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import _cuda_host as host
 import pytest
 import torch
-from test_deform_conv2d import CASES, case
+from _deform_conv2d_cases import CASES, case
 from torch import Tensor
 
 from accel.ops.deformable.deform_conv2d import OP, Args

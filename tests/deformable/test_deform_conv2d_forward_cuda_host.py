@@ -11,7 +11,7 @@ from typing import Any
 import _cuda_host as host
 import pytest
 import torch
-from test_deform_conv2d import HALVES, P1, case, far_away, on_integers, some_not_finite
+from _deform_conv2d_cases import HALVES, P1, case, far_away, on_integers, some_not_finite
 from torch import Tensor
 
 from accel.ops.deformable.deform_conv2d import OP, Args, memory_format

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_deform_conv2d import BEHAVIOUR, CASES
+from _deform_conv2d_cases import BEHAVIOUR, CASES
 from test_deform_conv2d_forward_cuda_host import CASES as CUDA_CASES
 
 import accel

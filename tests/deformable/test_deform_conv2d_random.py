@@ -7,8 +7,8 @@ from typing import Any
 import _cuda_host as host
 import test_deform_conv2d_forward_cuda_host as cuda
 import torch
+from _deform_conv2d_cases import case, on_integers
 from _random_calls import check_on_cpu, cpu_calls, cuda_calls, exactly, hypothesis, st, window
-from test_deform_conv2d import case, on_integers
 
 import accel
 from accel.ops.deformable.deform_conv2d import OP

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import _cuda_host as host
 import pytest
 import torch
-from test_ms_deform_attn import CASES, PYRAMID, by_name, case, some_not_finite, whole
+from _ms_deform_attn_cases import CASES, PYRAMID, by_name, case, some_not_finite, whole
 from torch import Tensor
 
 from accel.ops.deformable.ms_deform_attn import OP, Args, reference

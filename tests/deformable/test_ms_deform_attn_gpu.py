@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_ms_deform_attn import BEHAVIOUR, CASES
+from _ms_deform_attn_cases import BEHAVIOUR, CASES
 
 import accel
 from accel.ops.deformable.ms_deform_attn import OP

@@ -6,8 +6,8 @@ from typing import Any
 
 import test_ms_deform_attn_cuda_host as cuda
 import torch
+from _ms_deform_attn_cases import case, whole
 from _random_calls import check_on_cpu, cpu_calls, cuda_calls, hypothesis, st
-from test_ms_deform_attn import case, whole
 
 import accel
 from accel.testing import Case

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 import test_ms_deform_attn as common
+from _ms_deform_attn_cases import CASES, case
 from _triton_checks import DEVICE, params
-from test_ms_deform_attn import CASES, case
 
 import accel
 from accel import testing

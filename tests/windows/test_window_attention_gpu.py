@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_window_attention import BEHAVIOUR, CASES
+from _window_cases import BEHAVIOUR, CASES
 
 import accel
 from accel.testing import check_op
