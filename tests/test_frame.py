@@ -1,13 +1,11 @@
-"""The layout and the package: names that belong together, imports that cannot fail, and what a wheel holds."""
+"""The layout: names that belong together, imports that cannot fail, one version."""
 
 import importlib.metadata
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -133,55 +131,6 @@ print(m.LlamaAttention.__name__)
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert child.returncode == 0, child.stderr[-3000:]
     assert child.stdout.splitlines()[-1] == "LlamaAttention"
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The names in a wheel built, without the native part, from a copy of what would be committed."""
-    for package in ("setuptools", "wheel", "pip"):
-        try:
-            importlib.metadata.version(package)  # looking for pip's module takes setuptools' own distutils away
-        except importlib.metadata.PackageNotFoundError:
-            pytest.skip(f"{package} is not installed")
-    folder = tmp_path_factory.mktemp("wheel")
-    tree = folder / "tree"
-    hidden = shutil.ignore_patterns(".*", "*.so", "__pycache__", "build", "dist", "*.egg-info", "reports")
-    shutil.copytree(ROOT, tree, symlinks=True, ignore=hidden)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-w",
-        folder,
-        tree,
-    ]
-    environment = {**os.environ, "ACCEL_SKIP_NATIVE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    environment.pop("ACCEL_REQUIRE_NATIVE", None)
-    child = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert child.returncode == 0, child.stdout[-2000:] + child.stderr[-3000:]
-    (built,) = folder.glob("*.whl")
-    assert built.name.startswith(f"accel_kernels-{accel.__version__}-"), built.name
-    with zipfile.ZipFile(built) as archive:
-        return {info.filename: info for info in archive.infolist()}
-
-
-def test_the_wheel_installs_accel_and_nothing_else(wheel):
-    assert {name.split("/")[0] for name in wheel} == {"accel", f"accel_kernels-{accel.__version__}.dist-info"}
-
-
-def test_the_wheel_holds_what_the_links_point_to(wheel):
-    expected = ["accel/py.typed", "accel/__main__.py", "accel/doctor.py", "accel/testing/checks.py"]
-    for floor in ("accel/ops", "accel/nn", "accel/patches", "kernels", "benchmarks"):
-        within = "" if floor.startswith("accel/") else "accel/"
-        expected += [f"{within}{path.relative_to(ROOT)}" for path in (ROOT / floor).rglob("*.py")]
-    for name in [*expected, "accel/kernels/windows/window_attention.py", "accel/benchmarks/harness.py"]:
-        assert name in wheel, f"{name} is not in the wheel"
-        assert not (wheel[name].external_attr >> 16) & 0o020000, f"{name} is a link"
-        assert wheel[name].file_size > 0 or name.endswith(("py.typed", "__init__.py")), f"{name} is empty"
 
 
 def test_there_is_one_version():
