@@ -192,40 +192,6 @@ def leaf_reason(module: str) -> str | None:
     return leaf(module)[1]
 
 
-# --- backends by the name of their op; accel._C and the Triton leaf may be missing, so the call looks them up ---
-
-
-def native(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward in accel._C. torch calls the kernel of the device on which the tensors are."""
-
-    def forward(*args: Any) -> Any:
-        return getattr(torch.ops.accel_native, f"{op}_forward").default(*args)
-
-    def backward(*args: Any) -> Any:
-        return getattr(torch.ops.accel_native, f"{op}_backward").default(*args)
-
-    return forward, backward
-
-
-def triton(op: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Forward and backward of the Triton leaf of ``op``, the op's own module name."""
-    name = leaf_of(op)
-
-    def forward(*args: Any) -> Any:
-        return leaf(name)[0].forward(*args)
-
-    def backward(*args: Any) -> Any:
-        return leaf(name)[0].backward(*args)
-
-    return forward, backward
-
-
 def leaf_of(op: str) -> str:
     """``accel.kernels.<family>.<op>``, found from the op's own module name, ``accel.ops.<family>.<op>``."""
     return op.replace("accel.ops.", "accel.kernels.", 1)
-
-
-def why_not_triton(op: str, args: Any) -> str | None:
-    """Why the Triton leaf of ``op``, the op's own module name, did not load or does not take the call."""
-    name = leaf_of(op)
-    return leaf_reason(name) or leaf(name)[0].why_not(args)

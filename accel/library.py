@@ -1,23 +1,210 @@
-"""Registering an op with torch: schema, implementation, fake, FLOP formula; and what autograd may do with it.
+"""One declaration per op: from the ``Args`` that every backend receives to two registered ops and their autograd.
 
-Ops are opaque to torch.compile (``define``/``impl``, a third of the per-call cost of the ``custom_op`` decorator)
-with the ``autograd.Function`` outside, in the op's own file.
+A call goes one way. The public function checks its arguments into ``Args`` and hands them to what
+:func:`differentiable` made: ``dispatch.select`` chooses a backend, autograd records the call where something requires a
+gradient, and the registered op runs the backend's forward, later its backward.
+
+Registered ops are opaque to torch.compile (``define``/``impl``, a third of the per-call cost of the ``custom_op``
+decorator), and the backend is a string among their arguments.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import Any
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-_library = torch.library.Library("accel", "FRAGMENT")
+from accel import dispatch
+
+A = TypeVar("A", bound=tuple[Any, ...])
+"""The ``Args`` of an op."""
+
+# --- the declaration ---
 
 
-def register(
+def _like_inputs(args: Any, made: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Gradients as most kernels give them: laid out as their tensors, empty in fp32 where one is not made."""
+    nothing = args[0].new_empty
+    return tuple(
+        [
+            torch.empty_like(x) if x is not None and wanted else nothing(0, dtype=torch.float32)
+            for x, wanted in zip(args, made, strict=False)
+        ]
+    )
+
+
+def _contiguous(grad: Tensor, args: Any) -> Tensor:
+    return grad.contiguous()
+
+
+def differentiable(
+    name: str,
+    args: Callable[..., A],
+    reference: Callable[..., Any],
+    *,
+    gradients: int,
+    fake: Callable[[A], Any],
+    flops: Callable[[A], int],
+    backward_flops: Callable[[A, Sequence[bool]], int],
+    backward_fake: Callable[[A, Sequence[bool]], tuple[Tensor, ...]] = _like_inputs,
+    always: int = 0,
+    outputs: Sequence[str] = ("out",),
+    differentiable_outputs: int = 1,
+    keep_outputs: bool = False,
+    sizes_only: Sequence[str] = (),
+    lay_out: Callable[[Tensor, A], Tensor] = _contiguous,
+) -> Callable[..., Any]:
+    """Register ``accel::<name>_forward`` and ``accel::<name>_backward``; return ``run(args, backend)`` for the op's
+    public function.
+
+    A backend's ``forward`` receives the fields of ``args``. Its ``backward`` receives the gradient of each
+    differentiable output, the outputs if they are kept, the fields, and ``needs``, a bool for each gradient that is
+    not always made; it returns a gradient for each of the first fields. That of a small parameter may be fp32 beside
+    a parameter in half precision: it is cast here.
+
+    Args:
+        args: the op's NamedTuple, tensors first. Its annotations are the schema.
+        reference: the op in plain torch. It also takes every call in which a tensor is empty.
+        gradients: how many of the first fields have a gradient.
+        fake: the outputs without data.
+        flops: those of the forward, a multiply-add counting two.
+        backward_flops: those of the backward, given for each gradient whether it is made.
+        backward_fake: the gradients without data, given the same.
+        always: how many of the first gradients are made whether or not they are needed.
+        outputs: their names.
+        differentiable_outputs: how many of the first outputs have a gradient. Of several, one may be None.
+        keep_outputs: the backward reads the outputs.
+        sizes_only: the tensors of which the backward reads the sizes alone; it receives them behind the other tensors.
+            ``backward_fake`` and ``backward_flops`` see a tensor of these sizes.
+        lay_out: brings the gradient of an output into the layout that backends expect, ``lay_out(grad, args)``.
+    """
+    layout = _read_layout(args, outputs, differentiable_outputs, keep_outputs, sizes_only, gradients > always)
+    forward_op = _register(
+        f"{name}_forward",
+        f"({layout.forward_arguments()}) -> {_tensors(len(outputs))}",
+        lambda *given: dispatch.OPS[name].backend(given[-1]).forward(*given[:-1]),
+        lambda *given: fake(args(*given[:-1])),
+        lambda *given: flops(args(*given[:-1])),
+    )
+
+    def backward(*given: Any) -> Any:
+        chosen = dispatch.OPS[name].backend(given[-1]).backward
+        assert chosen is not None
+        return chosen(*given[:-1])
+
+    def read(given: Sequence[Any]) -> tuple[A, list[bool]]:
+        fields, needs = layout.read(given)
+        return args(*fields), [True] * always + needs
+
+    def fake_gradients(*given: Any) -> Any:
+        made = backward_fake(*read(given))
+        return made[0] if gradients == 1 else made
+
+    backward_op = _register(
+        f"{name}_backward",
+        f"({layout.backward_arguments()}) -> {_tensors(gradients)}",
+        backward,
+        fake_gradients,
+        lambda *given: backward_flops(*read(given)),
+    )
+    recorded = _autograd(args, layout, forward_op, backward_op, gradients, always, lay_out)
+    required = [i for i, kind in enumerate(layout.kinds) if kind == "Tensor"]
+
+    def run(given: A, backend: str | None = None) -> Any:
+        chosen = dispatch.select(dispatch.OPS[name], given, backend)
+        if chosen.name == "reference" or any([given[i].numel() == 0 for i in required]):
+            with without_autocast(given[0]):
+                return reference(*given)
+        if differentiated(name, given[:gradients]):
+            return recorded.apply(*given, chosen.name)
+        return forward_op(*given, chosen.name)  # torch.compile cannot trace autograd where nothing requires a gradient
+
+    return run
+
+
+# --- what follows from the declaration: schemas, and where what stands among the arguments of the two ops ---
+
+_SCHEMA: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    list[int]: "int[]",
+}
+"""How a field of ``Args`` is annotated, and what it is in a schema."""
+
+
+def _tensors(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    fields: list[str]
+    kinds: list[str]  # of each field, in the schema
+    kept: list[int]  # the tensors that the backward receives
+    sized: list[int]  # those of which it receives the sizes
+    outputs: Sequence[str]
+    differentiable_outputs: int
+    kept_outputs: int
+    asks: bool  # whether the backward is told which gradients are needed
+
+    @property
+    def tensors(self) -> int:
+        return len(self.kept) + len(self.sized)
+
+    def forward_arguments(self) -> str:
+        fields = [f"{kind} {field}" for kind, field in zip(self.kinds, self.fields, strict=True)]
+        return ", ".join([*fields, "str backend"])
+
+    def backward_arguments(self) -> str:
+        grad = "Tensor" if self.differentiable_outputs == 1 else "Tensor?"
+        parts = [f"{grad} grad_{output}" for output in self.outputs[: self.differentiable_outputs]]
+        parts += [f"Tensor {output}" for output in self.outputs[: self.kept_outputs]]
+        parts += [f"{self.kinds[i]} {self.fields[i]}" for i in self.kept]
+        parts += [f"SymInt[] {self.fields[i]}_size" for i in self.sized]
+        parts += [f"{self.kinds[i]} {self.fields[i]}" for i in range(self.tensors, len(self.fields))]
+        return ", ".join([*parts, "bool[] needs", "str backend"] if self.asks else [*parts, "str backend"])
+
+    def read(self, given: Sequence[Any]) -> tuple[list[Any], list[bool]]:
+        """The fields, and the needs, from the arguments of a backward op."""
+        *rest, _ = given[self.differentiable_outputs + self.kept_outputs :]
+        needs = rest.pop() if self.asks else []
+        kept, sizes, others = rest[: len(self.kept)], rest[len(self.kept) : self.tensors], rest[self.tensors :]
+        found = dict(zip(self.kept, kept, strict=True))
+        found |= {i: given[0].new_empty(size) for i, size in zip(self.sized, sizes, strict=True)}
+        return [*[found[i] for i in range(self.tensors)], *others], needs
+
+
+def _read_layout(
+    args: Callable[..., Any],
+    outputs: Sequence[str],
+    differentiable_outputs: int,
+    keep_outputs: bool,
+    sizes_only: Sequence[str],
+    asks: bool,
+) -> _Layout:
+    hints = typing.get_type_hints(args)
+    fields, kinds = list(hints), [_SCHEMA[kind] for kind in hints.values()]
+    tensors = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
+    if tensors != list(range(len(tensors))):
+        raise TypeError(f"tensors come first in {args}, got {', '.join(fields)}")
+    sized = [fields.index(field) for field in sizes_only]
+    kept = [i for i in tensors if i not in sized]
+    kept_outputs = len(outputs) if keep_outputs else 0
+    return _Layout(fields, kinds, kept, sized, outputs, differentiable_outputs, kept_outputs, asks)
+
+
+def _register(
     name: str,
     signature: str,
     implementation: Callable[..., Any],
@@ -26,7 +213,7 @@ def register(
 ) -> Any:
     """Define ``accel::<name>`` with ``signature`` (``"(Tensor x, ...) -> Tensor"``) and return its overload.
 
-    ``flops`` receives the call's arguments as the fake does and counts a multiply-add as two.
+    ``fake`` and ``flops`` receive the call's arguments.
     """
     _library.define(name + signature)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
@@ -34,6 +221,60 @@ def register(
     packet = getattr(torch.ops.accel, name)
     register_flop_formula(packet, get_raw=True)(lambda *args, out_val=None, **kwargs: flops(*args, **kwargs))
     return packet.default
+
+
+_library = torch.library.Library("accel", "FRAGMENT")
+
+
+# --- autograd ---
+
+
+def _autograd(
+    args: Callable[..., A],
+    layout: _Layout,
+    forward_op: Any,
+    backward_op: Any,
+    gradients: int,
+    always: int,
+    lay_out: Callable[[Tensor, A], Tensor],
+) -> Any:
+    """The ``autograd.Function`` around the two ops of a declaration."""
+    kept, sized, tensors, asks = layout.kept, layout.sized, layout.tensors, layout.asks
+    results, upstream, kept_outputs = len(layout.outputs), layout.differentiable_outputs, layout.kept_outputs
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(*given: Any) -> Any:
+            return forward_op(*given)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            made = [output] if results == 1 else output
+            if results > upstream:
+                ctx.mark_non_differentiable(*made[upstream:])
+            if upstream > 1:
+                ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*made[:kept_outputs], *[inputs[i] for i in kept])
+            ctx.sizes = [list(inputs[i].shape) for i in sized]
+            ctx.rest = inputs[tensors:]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            saved = ctx.saved_tensors
+            *rest, backend = ctx.rest
+            needed = ctx.needs_input_grad
+            fields: list[Any] = [None] * tensors
+            for i, x in zip(kept, saved[kept_outputs:], strict=True):
+                fields[i] = x
+            given = args(*fields, *rest)
+            laid_out = [None if g is None else lay_out(g, given) for g in grads[:upstream]]
+            needs = [list(needed[always:gradients])] if asks else []
+            found = once_differentiable(backward_op, *laid_out, *saved, *ctx.sizes, *rest, *needs, backend)
+            pairs = zip([found] if gradients == 1 else found, fields, needed, strict=False)
+            cast = [(g if x is None else g.to(x.dtype)) if wanted else None for g, x, wanted in pairs]
+            return *cast, *([None] * (len(needed) - gradients))
+
+    return Recorded
 
 
 def _refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor]) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import accel
-from accel import dispatch
+from accel import backends, dispatch
 from accel.ops.deformable import deform_attention2d, deform_conv2d, ms_deform_attn, sampling
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,8 +207,8 @@ SIZES = {"batch": 2, "pixels": 100, "heads": 8, "channels": 32}
 
 def test_reasons_of_the_build_and_the_device(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def why(**kwargs: Any) -> str | None:
-        sampling._why_not_device.cache_clear()
-        return sampling.why_not_cuda(Fake(**kwargs), SIZES, 300, 16)
+        backends._why_not_device.cache_clear()
+        return sampling.why_not_cuda((Fake(**kwargs),), SIZES, 300, 16)
 
     assert why() is None
     assert "not torch.float64" in str(why(dtype=torch.float64))
@@ -241,7 +241,7 @@ def test_reasons_of_the_build_and_the_device(gpu: Any, monkeypatch: pytest.Monke
 def test_sizes_that_the_kernels_cannot_count_are_refused(
     change: dict[str, int], queries: int, points: int, words: str | None
 ) -> None:
-    why = sampling.why_not_cuda(Fake(), {**SIZES, **change}, queries, points)
+    why = sampling.why_not_cuda((Fake(),), {**SIZES, **change}, queries, points)
     assert why is None if words is None else f"fewer than {words}" in str(why)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accel.backends import pair
 from accel.ops.deformable.deform_conv2d import deform_conv2d
-from accel.ops.deformable.sampling import pair
 
 __all__ = ["DeformConv2d", "ModulatedDeformConv2d"]
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accel.ops.windows.window_attention import relative_position_index, window_attention
+from accel.ops.grid import relative_position_index
+from accel.ops.windows.window_attention import window_attention
 
 __all__ = ["ShiftedWindowAttention", "ShiftedWindowAttention3d", "ShiftedWindowAttentionV2"]
 

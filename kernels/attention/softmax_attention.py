@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels.attention import backward as backwards
 from accel.kernels.attention import biases
@@ -132,14 +133,9 @@ def why_not(args: Any) -> str | None:
     ``torch.compile`` traces through this, which bars generator expressions and Triton's helpers.
     """
     q, k = args.q, args.k
-    if not (_launch.INTERPRETING and q.device.type == "cpu"):
-        if q.device.type != "cuda":
-            return f"it runs on NVIDIA GPUs, and the tensors are on {q.device.type}"
-        if torch.version.hip:
-            return f"it is built for NVIDIA GPUs, and this is ROCm {torch.version.hip}"
-        capability = torch.cuda.get_device_capability(q.device)
-        if capability < (8, 0):
-            return f"it needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    reason = why_not_gpu(q, _launch.INTERPRETING)
+    if reason is not None:
+        return reason
     tiles = -(-max(q.shape[2], k.shape[2]) // 16)
     if q.shape[0] * q.shape[1] * tiles >= 2**31:
         return f"{tuple(q.shape)} queries with {k.shape[2]} keys are more tiles than one launch can number"

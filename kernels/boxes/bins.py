@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accel.backends import KERNEL_DTYPES, why_not_gpu
 from accel.kernels import _launch
 from accel.kernels._launch import Launch
 from accel.kernels.deformable import sampling
 from accel.ops.boxes.bins import LIMIT, SLACK
-from accel.ops.deformable.sampling import KERNEL_DTYPES
 
 POOL = -1
 _POOL = tl.constexpr(POOL)
@@ -217,7 +217,7 @@ def _backward(
 
 def why_not(args: Any) -> str | None:
     """Why these kernels cannot run the call; dtypes are judged by the op. ``torch.compile`` traces through this."""
-    reason = sampling.why_not_device(args.input)
+    reason = why_not_gpu(args.input, _launch.INTERPRETING)
     if reason is not None:
         return reason
     n, channels, height, width = args.input.shape

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels._launch import Launch, launch
 from accel.kernels.deformable import conv_backward as backwards
@@ -146,7 +147,7 @@ def _offset_groups(args: Args) -> int:
 
 def why_not(args: Any) -> str | None:
     """Why these kernels cannot run the call; dtypes are judged by the op. ``torch.compile`` traces through this."""
-    reason = sampling.why_not_device(args.input)
+    reason = why_not_gpu(args.input, _launch.INTERPRETING)
     if reason is not None:
         return reason
     n, channels, height, width = args.input.shape

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels.deformable import rows_launch as rows
-from accel.kernels.deformable import sampling
 from accel.kernels.deformable.rows_launch import Call
 from accel.ops.deformable.ms_deform_attn import Args
 
@@ -26,7 +26,7 @@ def _cells(args: Any) -> int:
 
 def why_not(args: Any) -> str | None:
     """Why these kernels cannot run the call; dtypes are judged by the op. ``torch.compile`` traces through this."""
-    reason = sampling.why_not_device(args.value)
+    reason = why_not_gpu(args.value, _launch.INTERPRETING)
     if reason is not None:
         return reason
     n, pixels, heads, head_size = args.value.shape

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from accel.kernels import _launch
-
 SORTED_AT_ONCE = 1 << 20
 """Samples that are sorted together. One takes 16 bytes for its key, before and after, and its place in the order, 12
 in the sort's own buffers, 20 for its record; a cell takes 8 for where its samples start. So 60 MB at the most, or what
@@ -177,20 +175,6 @@ def chunks(units: int, samples: int, cells: int) -> list[tuple[int, int]]:
 
 
 # --- launches ---
-
-
-def why_not_device(x: Tensor) -> str | None:
-    """Why Triton cannot run on the device of ``x``; ``torch.compile`` traces through this."""
-    if _launch.INTERPRETING and x.device.type == "cpu":
-        return None
-    if x.device.type != "cuda":
-        return f"it runs on NVIDIA GPUs, and the tensors are on {x.device.type}"
-    if torch.version.hip:
-        return f"it is built for NVIDIA GPUs, and this is ROCm {torch.version.hip}"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < (8, 0):
-        return f"it needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
-    return None
 
 
 def power_of_two(size: int, least: int, most: int) -> int:

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels._launch import Launch, launch
 from accel.kernels.windows import blocks, whole
@@ -57,14 +58,9 @@ def why_not(args: Any) -> str | None:
     ``torch.compile`` traces through this, which bars generator expressions and Triton's helpers.
     """
     qkv = args.qkv
-    if not (_launch.INTERPRETING and qkv.device.type == "cpu"):
-        if qkv.device.type != "cuda":
-            return f"it runs on NVIDIA GPUs, and the tensors are on {qkv.device.type}"
-        if torch.version.hip:
-            return f"it is built for NVIDIA GPUs, and this is ROCm {torch.version.hip}"
-        capability = torch.cuda.get_device_capability(qkv.device)
-        if capability < (8, 0):
-            return f"it needs a GPU of compute capability 8.0, this one has {capability[0]}.{capability[1]}"
+    reason = why_not_gpu(qkv, _launch.INTERPRETING)
+    if reason is not None:
+        return reason
     shape = _shape(qkv, args.num_heads, args.window)
     if shape.tokens > MAX_TOKENS:
         return f"it takes windows of at most {MAX_TOKENS} tokens, not {shape.tokens} ({args.window})"

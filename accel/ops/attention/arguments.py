@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from accel import memo
+from accel.backends import check_beside
 from accel.ops.attention.rules import (
     BiasIndex,
     BlockCausal,
@@ -29,45 +28,17 @@ from accel.ops.attention.rules import (
 INT32_MAX = 2**31 - 1
 
 
-# --- what is the same at every call of a model is made once ---
-
-
-def _may_remember(*tensors: Tensor) -> bool:
-    """Whether what follows from these tensors' values or shapes may outlive the call: they are plain tensors, whose
-    changes are counted, outside of tracing and of the capture of a CUDA graph."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return False
-    if any([type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors]):
-        return False
-    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
-
-
-class _Recent(OrderedDict[Any, Tensor]):
-    """The last few tensors made, by what they were made from."""
-
-    def get_or_make(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
-        if key in self:
-            self.move_to_end(key)
-        else:
-            with torch.inference_mode(False):  # a later call may save it for a backward
-                self[key] = make()
-            if len(self) > 64:
-                self.popitem(last=False)
-        return self[key]
-
-
-_recent = _Recent()
+_recent = memo.Recent()
 
 
 class _IndexFacts(NamedTuple):
-    version: int
     low: int
     high: int
     line: Tensor | None  # the values along i − j = −(S−1) .. T−1 where nothing else matters
     small: Tensor | None  # int32, where the index is of another type than the kernels read
 
 
-_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_index_facts: memo.Facts[_IndexFacts] = memo.Facts()
 
 
 def _along_diagonals(index: Tensor) -> Tensor:
@@ -75,32 +46,15 @@ def _along_diagonals(index: Tensor) -> Tensor:
     return torch.cat([index[0].flip(0), index[1:, 0]])
 
 
-def _index_facts(index: Tensor) -> _IndexFacts:
-    """Range and structure of an index, read once per tensor and version: it is the same at every call of a model."""
-    may = _may_remember(index)
-    known = _facts.get(index) if may else None
-    if known is None or known.version != index._version:
-        with torch.inference_mode(False):  # a later call may save it for a backward
-            known = _read_index(index, index._version if may else 0)
-        if may:
-            _facts[index] = known
-    return known
-
-
-def _read_index(index: Tensor, version: int) -> _IndexFacts:
-    toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
-    low, high = (int(x) for x in torch.aminmax(index))
-    line = _along_diagonals(index).to(torch.int64) if toeplitz else None
-    other = line is None and not (index.dtype in (torch.int32, torch.int64) and index.is_contiguous())
-    fits = other and low > -INT32_MAX and high < INT32_MAX
-    return _IndexFacts(version, low, high, line, index.to(torch.int32).contiguous() if fits else None)
-
-
-def check_float(x: Any, name: str, q: Tensor) -> None:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.device != q.device:
-        raise ValueError(f"{name} is on {x.device} but q is on {q.device}")
+def _read_index(index: Tensor) -> _IndexFacts:
+    """Range and structure of an index."""
+    with torch.inference_mode(False):  # a later call may save it for a backward
+        toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
+        low, high = (int(x) for x in torch.aminmax(index))
+        line = _along_diagonals(index).to(torch.int64) if toeplitz else None
+        other = line is None and not (index.dtype in (torch.int32, torch.int64) and index.is_contiguous())
+        fits = other and low > -INT32_MAX and high < INT32_MAX
+        return _IndexFacts(low, high, line, index.to(torch.int32).contiguous() if fits else None)
 
 
 def broadcast(x: Tensor, name: str, full: Sequence[int]) -> Tensor:
@@ -127,7 +81,7 @@ class Packed(NamedTuple):
     longest_k: int
     sequences: int
     same: bool  # keys are packed as queries are
-    recent: _Recent  # tensors made from these offsets
+    recent: memo.Recent  # tensors made from these offsets
 
 
 def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
@@ -148,15 +102,7 @@ def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
     return max(lengths)
 
 
-class _PackedFacts(NamedTuple):
-    version: int
-    other: Callable[[], Tensor | None]  # cu_seqlens_k, as long as it lives
-    other_version: int
-    totals: tuple[int, int]
-    packed: Packed
-
-
-_packed_facts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_packed_facts: memo.Facts[Packed] = memo.Facts()
 
 
 def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed | None:
@@ -166,16 +112,10 @@ def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) 
         return None
     if q.shape[0] != 1:
         raise ValueError(f"the packed form is (1, H, total, D), got {tuple(q.shape)=}")
-    given = [x for x in (cu_q, cu_k) if x is not None]
-    if not all([isinstance(x, Tensor) for x in given]) or not _may_remember(*given):
+    given = (cu_q,) if cu_k is None else (cu_q, cu_k)
+    if not all([isinstance(x, Tensor) for x in given]):
         return _read_packed(cu_q, cu_k, q, k)
-    other = cu_q if cu_k is None else cu_k
-    key = (cu_q._version, other._version, (q.shape[2], k.shape[2]))
-    known = _packed_facts.get(cu_q)
-    if known is None or known.other() is not other or (known.version, known.other_version, known.totals) != key:
-        known = _PackedFacts(key[0], weakref.ref(other), key[1], key[2], _read_packed(cu_q, cu_k, q, k))
-        _packed_facts[cu_q] = known
-    return known.packed
+    return _packed_facts.get_or_read(given, (q.shape[2], k.shape[2]), lambda: _read_packed(cu_q, cu_k, q, k))
 
 
 def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed:
@@ -186,11 +126,11 @@ def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Pac
             raise ValueError(
                 f"cu_seqlens_k is needed where queries and keys differ in number: {tuple(q.shape)=}, {tuple(k.shape)=}"
             )
-        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True, _Recent())
+        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True, memo.Recent())
     longest_k = _check_offsets(cu_k, "cu_seqlens_k", k.shape[2], q)
     if cu_k.numel() != cu_q.numel():
         raise ValueError(f"as many sequences of queries as of keys: {tuple(cu_q.shape)=}, {tuple(cu_k.shape)=}")
-    return Packed(small, cu_k.to(torch.int32, copy=True), longest_q, longest_k, cu_q.numel() - 1, False, _Recent())
+    return Packed(small, cu_k.to(torch.int32, copy=True), longest_q, longest_k, cu_q.numel() - 1, False, memo.Recent())
 
 
 class Rule(NamedTuple):
@@ -259,7 +199,7 @@ class Turn(NamedTuple):
 def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Turn, last: int) -> Tensor:
     """The tensor ``rows`` of :class:`Args`; the same one again for the same rule, sizes and offsets."""
     fixed = all([not isinstance(p, PrefixLM) or isinstance(p.lengths, int) for p in rule.patterns])
-    if not fixed or not _may_remember(q.detach() if q.requires_grad else q):
+    if not fixed or not memo.may_remember(q.detach() if q.requires_grad else q):
         return _make_rows(rule, q, keys, packed, turn, last)
     patterns = tuple([(type(p), p.lengths if isinstance(p, PrefixLM) else p.n) for p in rule.patterns])
     key = (q.device, q.shape[2], keys, rule[:3], patterns, turn, last)
@@ -302,7 +242,7 @@ def _bucket_rows(rule: T5Buckets, table: Tensor, length: int, keys: int) -> Tens
     def make() -> Tensor:
         return rule.rows_of(torch.arange(length, device=table.device) - (keys - 1), table.shape[0])
 
-    if not _may_remember(table):
+    if not memo.may_remember(table):
         return make()
     return _recent.get_or_make((table.device, rule, table.shape[0], length, keys), make)
 
@@ -365,7 +305,7 @@ def check_table(
         if index is not None:
             raise ValueError(f"bias_index needs bias_table, got {index!r:.80}")
         return None, None, []
-    check_float(table, "bias_table", q)
+    check_beside(table, "bias_table", q, "q")
     if table.dim() != 2 or table.shape[1] != heads or table.shape[0] < 1:
         raise ValueError(f"bias_table must be (R, {heads}), a column per query head, got {tuple(table.shape)=}")
     rows = table.shape[0]
@@ -403,7 +343,7 @@ def check_table(
         raise ValueError(f"bias_index is on {index.device} but q is on {q.device}")
     if index.numel() == 0 or torch.compiler.is_compiling():
         return None, (index if index.dtype == torch.int64 else index.to(torch.int32)).contiguous(), []
-    facts = _index_facts(index)
+    facts = _index_facts.get_or_read((index,), None, lambda: _read_index(index))
     if facts.low < 0 or facts.high >= rows:
         raise ValueError(f"bias_index reaches from {facts.low} to {facts.high}, bias_table has rows 0 to {rows - 1}")
     if facts.line is not None:
@@ -413,7 +353,7 @@ def check_table(
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_float(x, name, q if isinstance(q, Tensor) else x)
+        check_beside(x, name, q if isinstance(q, Tensor) else x, "q")
         if x.dim() != 4:
             raise ValueError(f"{name} must be (B, H, tokens, head size), got {tuple(x.shape)=}")
     if not (q.dtype == k.dtype == v.dtype):
@@ -431,6 +371,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_per_head(x: Tensor | None, name: str, q: Tensor) -> None:
     if x is None:
         return
-    check_float(x, name, q)
+    check_beside(x, name, q, "q")
     if tuple(x.shape) != (q.shape[1],):
         raise ValueError(f"{name} must be ({q.shape[1]},), one per query head, got {tuple(x.shape)=}")

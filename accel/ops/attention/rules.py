@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from accel.ops.grid import relative_position_index
+
 FAR = 2**30
 """Beyond any token that a kernel takes, and far enough from the end of int32 to be added to one."""
 
@@ -186,16 +188,6 @@ class Grid2D:
     @property
     def rows(self) -> int:
         return (2 * self.h - 1) * (2 * self.w - 1) + (3 if self.extra else 0)
-
-
-def relative_position_index(window: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """Row of the bias table for query i and key j of a window, int64 ``(N, N)``; window of 2 or 3 axes."""
-    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in window), indexing="ij")
-    index: Any = 0
-    for axis, n in zip(axes, window, strict=True):
-        at = axis.flatten()
-        index = index * (2 * n - 1) + (at[:, None] - at[None, :] + n - 1)
-    return index
 
 
 def grid_index(grid: Sequence[int], device: torch.device | None = None) -> Tensor:

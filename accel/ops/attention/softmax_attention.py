@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel import dispatch, library, philox
+from accel import backends, dispatch, library, philox
+from accel.backends import HALF_DTYPES, KERNEL_DTYPES, check_beside, inner_dtype
 from accel.ops.attention import cudnn
 from accel.ops.attention.arguments import (
     INT32_MAX,
     Turn,
     broadcast,
-    check_float,
     check_patterns,
     check_per_head,
     check_qkv,
@@ -87,7 +87,7 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
     What is not finite reaches only the rows that may see it, as NaN.
     """
     args = Args(*given)
-    inner = torch.float64 if args.q.dtype == torch.float64 else torch.float32
+    inner = inner_dtype(args.q)
     heads, queries, keys = args.q.shape[1], args.q.shape[2], args.k.shape[2]
     group = heads // args.k.shape[1] if args.k.shape[1] else 1
     q, bad_q = _finite(args.q.to(inner))
@@ -129,14 +129,11 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
 
 # --- backends, fastest first for each device ---
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_SIZE = 256
 
 
-def _why_not_kernel(args: Args) -> str | None:
-    """What no kernel of ours takes, whatever its language."""
-    if args.q.dtype not in KERNEL_DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {args.q.dtype}"
+def _why_not_size(args: Args) -> str | None:
+    """Which sizes no kernel of ours takes, whatever its language."""
     for size in (args.q.shape[3], args.v.shape[3]):
         if size % 8 or not 8 <= size <= MAX_HEAD_SIZE:
             return f"it takes head sizes that are a multiple of 8 up to {MAX_HEAD_SIZE}, not {size}"
@@ -145,23 +142,54 @@ def _why_not_kernel(args: Args) -> str | None:
     return None
 
 
+def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
+    if out.device.type == "cuda" and dispatch.leaf_reason("accel.kernels.attention.softmax_attention") is None:
+        sums: Tensor = dispatch.leaf("accel.kernels.attention.softmax_attention")[0].row_sums(grad_out, out)
+        return sums
+    return (grad_out.float() * out.float()).sum(-1)
+
+
+def _around(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A whole backward: what all backends share is the row's sum Σ p·dp = dO·O, less the gradient of the log-sum-exp,
+    and the sinks."""
+
+    def whole(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+        *given, needs = rest
+        args = Args(*given)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        delta = _row_sums(grad_out, out)
+        if grad_lse is not None:  # which may be infinite where nothing is seen
+            delta = torch.where(lse == -math.inf, 0.0, delta - grad_lse)
+        grad_sinks = lse.new_empty(0)
+        if needs[3] and args.sinks is not None:
+            weight = torch.exp(args.sinks.float()[:, None] - lse)
+            # rows that see nothing and whose sink is −∞ weigh nothing
+            grad_sinks = -(torch.where(lse == -math.inf, 0.0, weight) * delta).sum((0, 2))
+        return *backward(grad_out, delta, lse, *given, needs[:3]), grad_sinks
+
+    return whole
+
+
 def _why_not_cpu(args: Args) -> str | None:
-    if args.q.device.type != "cpu":
-        return f"the tensors are on {args.q.device.type}"
-    return dispatch.leaf_reason("accel._C") or _why_not_kernel(args)
+    return backends.why_not_cpu(args) or _why_not_size(args)
 
 
 def _cpu_forward(*args: Any) -> Any:
     return torch.ops.accel_native.softmax_attention_forward.default(*args)
 
 
+@_around
 def _cpu_backward(*args: Any) -> Any:
     *args_, needs = args
     return torch.ops.accel_native.softmax_attention_backward.default(*args_, *needs)
 
 
+_triton = backends.triton(__name__)
+_triton_backward = _around(_triton.backward)
+
+
 def _why_not_triton(args: Args) -> str | None:
-    return dispatch.why_not_triton(__name__, args) or _why_not_kernel(args)
+    return _triton.why_not(args) or _why_not_size(args)
 
 
 def _torch_forward(*args: Any) -> Any:
@@ -174,15 +202,7 @@ def _why_not_torch(args: Args) -> str | None:
     return cudnn.why_not(args) or _why_not_triton(args)  # which computes its backward
 
 
-_triton_forward, _triton_backward = dispatch.triton(__name__)
-
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-_SIGNATURE = (
-    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? line, Tensor? table, Tensor? sinks, Tensor? mask, "
-    "Tensor? bias_index, Tensor? rows, Tensor? seed, int[] grid, str rule, float scale, float softcap, float dropout_p"
-)
-_DIFFERENTIABLE = 7  # the first of them: q, k, v, bias, line, table, sinks
+# --- declaration ---
 
 
 def empty_like_layout(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -199,97 +219,26 @@ def _as_promised(out: Tensor, q: Tensor) -> Tensor:
     return out if out.stride() == promised.stride() else empty_like_layout(q, tuple(out.shape)).copy_(out)
 
 
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
+def _fake(args: Args) -> tuple[Tensor, Tensor]:
+    out = empty_like_layout(args.q, (*args.q.shape[:3], args.v.shape[3]))
+    return out, args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
 
 
-def _forward_fake(*args: Any) -> tuple[Tensor, Tensor]:
-    q, v = args[0], args[2]
-    out = empty_like_layout(q, (*q.shape[:3], v.shape[3]))
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+def _backward_fake(args: Args, made: Sequence[bool]) -> tuple[Tensor, ...]:
+    small = [x.shape if x is not None and wanted else (0,) for x, wanted in zip(args[3:7], made[3:], strict=True)]
+    main = [empty_like_layout(x, x.shape) for x in args[:3]]
+    return *main, *[args.q.new_empty(shape, dtype=torch.float32) for shape in small]
 
 
-def _matmul_flops(q: Any, k: Any, v: Any) -> tuple[int, int]:
+def _product_flops(args: Args) -> tuple[int, int]:
     """FLOPs of q·k and of p·v over all pairs, masked ones too."""
-    pairs = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    return pairs * q.shape[3], pairs * v.shape[3]
-
-
-_forward_op = library.register(
-    "softmax_attention_forward",
-    f"({_SIGNATURE}, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    lambda q, k, v, *args: sum(_matmul_flops(q, k, v)),
-)
-
-
-def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
-    if out.device.type == "cuda" and dispatch.leaf_reason("accel.kernels.attention.softmax_attention") is None:
-        sums: Tensor = dispatch.leaf("accel.kernels.attention.softmax_attention")[0].row_sums(grad_out, out)
-        return sums
-    return (grad_out.float() * out.float()).sum(-1)
-
-
-def _backward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
-    """What all backends share: the row's sum Σ p·dp = dO·O, less the gradient of the log-sum-exp, and the sinks."""
-    *args, needs, name = rest
-    delta = _row_sums(grad_out, out)
-    if grad_lse is not None:  # which may be infinite where nothing is seen
-        delta = torch.where(lse == -math.inf, 0.0, delta - grad_lse)
-    sinks = args[6]
-    grad_sinks = lse.new_empty(0)
-    if needs[3] and sinks is not None:
-        weight = torch.exp(sinks.float()[:, None] - lse)  # rows that see nothing and whose sink is −∞ weigh nothing
-        grad_sinks = -(torch.where(lse == -math.inf, 0.0, weight) * delta).sum((0, 2))
-    backward = OP.backend(name).backward
-    assert backward is not None
-    return *backward(grad_out, delta, lse, *args, needs[:3]), grad_sinks
-
-
-def _backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    *args, needs, _ = rest
-    small = [lse.new_empty(x.shape if x is not None and n else (0,)) for x, n in zip(args[3:7], needs, strict=True)]
-    return *[empty_like_layout(x, x.shape) for x in args[:3]], *small
-
-
-_backward_op = library.register(
-    "softmax_attention_backward",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_SIGNATURE}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    lambda grad_out, grad_lse, out, lse, q, k, v, *args: 3 * _matmul_flops(q, k, v)[0] + 2 * _matmul_flops(q, k, v)[1],
-)
+    pairs = 2 * args.q.shape[0] * args.q.shape[1] * args.q.shape[2] * args.k.shape[2]
+    return pairs * args.q.shape[3], pairs * args.v.shape[3]
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """``x`` with its last axis contiguous, copied only where it is not."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-class _SoftmaxAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*output, *inputs[:11])
-        ctx.rest = inputs[11:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        out, lse, *tensors = ctx.saved_tensors
-        *rest, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[3:_DIFFERENTIABLE])
-        grad_out = torch.zeros_like(out) if grad_out is None else rows_contiguous(grad_out)
-        grads = library.once_differentiable(_backward_op, grad_out, grad_lse, out, lse, *tensors, *rest, needs, backend)
-        wanted = zip(grads, tensors[:_DIFFERENTIABLE], ctx.needs_input_grad[:_DIFFERENTIABLE], strict=True)
-        return *[g.to(x.dtype) if needed else None for g, x, needed in wanted], *([None] * (5 + len(rest)))
 
 
 # --- the public function ---
@@ -339,7 +288,7 @@ def _prepare(
             raise ValueError(f"mask is on {mask.device} but q is on {q.device}")
         mask = broadcast(mask, "mask", full)
     if bias is not None:
-        check_float(bias, "bias", q)
+        check_beside(bias, "bias", q, "q")
         bias = broadcast(bias, "bias", full)
     if packed is not None and (mask is not None or bias is not None):
         given = {n: tuple(x.shape) for n, x in (("mask", mask), ("bias", bias)) if x is not None}
@@ -348,7 +297,7 @@ def _prepare(
     check_per_head(sinks, "sinks", q)
     by_distance, index, grid = check_table(bias_table, bias_index, q, keys, packed)
 
-    inner = torch.float64 if q.dtype == torch.float64 else torch.float32
+    inner = inner_dtype(q)
     table = bias_table if by_distance is None else None
     turn = Turn(keys - 1)
     line = None
@@ -378,6 +327,23 @@ def _prepare(
         softcap=0.0 if softcap is None else float(softcap),
         dropout_p=float(dropout_p),
     )
+
+
+_run = library.differentiable(
+    "softmax_attention",
+    Args,
+    reference,
+    gradients=7,
+    always=3,
+    outputs=["out", "lse"],
+    differentiable_outputs=2,
+    keep_outputs=True,
+    fake=_fake,
+    flops=lambda args: sum(_product_flops(args)),
+    backward_fake=_backward_fake,
+    backward_flops=lambda args, made: 3 * _product_flops(args)[0] + 2 * _product_flops(args)[1],
+    lay_out=lambda grad, args: rows_contiguous(grad),
+)
 
 
 def softmax_attention(
@@ -477,16 +443,6 @@ def softmax_attention(
     return (out, lse) if return_lse else out
 
 
-def _run(args: Args, backend: str | None) -> tuple[Tensor, Tensor]:
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.q.numel() == 0 or args.v.numel() == 0:
-        with library.without_autocast(args.q):
-            return reference(*args)
-    if library.differentiated(OP.name, args[:_DIFFERENTIABLE]):
-        return _SoftmaxAttention.apply(*args, chosen.name)
-    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
-
-
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
     q = torch.zeros(1, 1, 16, 32, device=device, dtype=dtype)
     return (q, q, q), {}
@@ -506,11 +462,11 @@ OP = dispatch.register(
                 _torch_forward,
                 _triton_backward,
                 frozenset({"cuda"}),
-                cudnn.HALF_DTYPES,
+                HALF_DTYPES,
                 extra=True,
             ),
             dispatch.Backend(
-                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+                "triton", _why_not_triton, _triton.forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),

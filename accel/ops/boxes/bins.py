@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from accel import library
-from accel.ops.deformable import sampling
-from accel.ops.deformable.sampling import check_tensor, inner_dtype
+from accel.backends import check_beside, check_floating, inner_dtype, pair
 
 LIMIT = 1 << 22
 """A box with a corner further than this many pixels away has no bins: float32 still tells half pixels apart there, and
@@ -59,6 +58,12 @@ def weighted_mean(axis: Axis, input: Tensor, boxes: Tensor, output_size: Sequenc
     return (out / divisors[:, None]).to(input.dtype)
 
 
+def without_data(args: Any) -> Tensor:
+    """The output of either op, its values left out."""
+    ph, pw = args.output_size
+    return args.input.new_empty((args.boxes.shape[0], args.input.shape[1] // (ph * pw), ph, pw))
+
+
 # --- checks ---
 
 
@@ -77,7 +82,7 @@ def _join(boxes: Any, input: Tensor) -> Tensor:
     """``(K, 5)`` in the dtype of coordinates, from that or from a list of ``(L, 4)``, one for each image."""
     inner = inner_dtype(input)
     if isinstance(boxes, Tensor):
-        check_tensor(boxes, "boxes", input, "input")
+        check_beside(boxes, "boxes", input, "input")
         if boxes.dim() != 2 or boxes.shape[1] != 5:
             raise ValueError(f"boxes must be (K, 5), the index of an image first, got {tuple(boxes.shape)=}")
         boxes = boxes.detach().to(inner).contiguous()
@@ -89,7 +94,7 @@ def _join(boxes: Any, input: Tensor) -> Tensor:
         raise ValueError(f"boxes lists {len(boxes)} images, and input has a batch of {input.shape[0]}")
     parts = [torch.zeros((0, 5), dtype=inner, device=input.device)]
     for i, each in enumerate(boxes):
-        check_tensor(each, f"boxes[{i}]", input, "input")
+        check_beside(each, f"boxes[{i}]", input, "input")
         if each.dim() != 2 or each.shape[1] != 4:
             raise ValueError(f"boxes[{i}] must be (L, 4), got {tuple(each.shape)}")
         corners = each.detach().to(inner)
@@ -101,13 +106,12 @@ def check_arguments(
     input: Tensor, boxes: Any, output_size: Any, spatial_scale: float
 ) -> tuple[Tensor, Tensor, list[int], float]:
     """The first four arguments of either op, checked, in the form the backends take."""
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        raise TypeError(f"input must be a floating point tensor, got {getattr(input, 'dtype', type(input).__name__)}")
+    check_floating(input, "input")
     if input.dim() != 4 or 0 in input.shape[1:] or max(input.shape[2:]) > LIMIT:
         raise ValueError(
             f"input must be (N, C, H, W) with 1 to {LIMIT} pixels along a side and a channel, got {tuple(input.shape)=}"
         )
-    size = sampling.pair(output_size, "output_size", 1)
+    size = pair(output_size, "output_size", 1)
     channels = input.shape[1]
     if channels % (size[0] * size[1]):
         raise ValueError(

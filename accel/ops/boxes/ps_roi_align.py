@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library
-from accel.ops.boxes.bins import SLACK, check_arguments, weighted_mean
-from accel.ops.deformable import sampling
-from accel.ops.deformable.sampling import KERNEL_DTYPES
+from accel import backends, dispatch, library
+from accel.backends import KERNEL_DTYPES
+from accel.ops.boxes.bins import SLACK, check_arguments, weighted_mean, without_data
 
 MOST_SAMPLES = 4096
 """The largest ``sampling_ratio``."""
@@ -66,76 +65,17 @@ def reference(
 # --- backends, fastest first for each device ---
 
 
-def _why_not_cpu(args: Args) -> str | None:
-    return sampling.why_not_cpu(args.input)
+_native = backends.native("ps_roi_align")
+_triton = backends.triton(__name__)
 
 
-def _why_not_triton(args: Args) -> str | None:
-    return sampling.why_not_triton(__name__, args)
+# --- declaration ---
 
 
-_native = dispatch.native("ps_roi_align")
-_triton = dispatch.triton(__name__)
-
-
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
-
-
-def _forward_fake(input: Tensor, boxes: Tensor, output_size: Any, *args: Any) -> Tensor:
-    ph, pw = output_size
-    return input.new_empty((boxes.shape[0], input.shape[1] // (ph * pw), ph, pw))
-
-
-def _flops(outputs: Any, sampling_ratio: Any) -> Any:
+def _flops(args: Args) -> int:
     """Of four pixels for each sample; at least, where the number of samples follows from values."""
-    return 2 * 4 * outputs * max(sampling_ratio, 1) ** 2
-
-
-_forward_op = library.register(
-    "ps_roi_align_forward",
-    "(Tensor input, Tensor boxes, int[] output_size, float spatial_scale, int sampling_ratio, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    lambda input, boxes, *args: _flops(boxes.shape[0] * input.shape[1], args[2]),
-)
-
-
-def _backward(*args: Any) -> Any:
-    backward = OP.backend(args[-1]).backward
-    assert backward is not None
-    return backward(*args[:-1])
-
-
-_backward_op = library.register(
-    "ps_roi_align_backward",
-    "(Tensor grad_out, Tensor boxes, SymInt[] input_size, int[] output_size, float spatial_scale, int sampling_ratio, "
-    "str backend) -> Tensor",
-    _backward,
-    lambda grad_out, boxes, input_size, *args: grad_out.new_empty(input_size),
-    lambda grad_out, *args: _flops(grad_out.numel(), args[4]),
-)
-
-
-class _PsRoiAlign(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.size = list(inputs[0].shape)
-        ctx.rest = inputs[2:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        (boxes,) = ctx.saved_tensors
-        grad = library.once_differentiable(_backward_op, grad_out.contiguous(), boxes, ctx.size, *ctx.rest)
-        return grad, None, *([None] * len(ctx.rest))
+    outputs: int = args.boxes.shape[0] * args.input.shape[1]
+    return 2 * 4 * outputs * max(args.sampling_ratio, 1) ** 2
 
 
 # --- the public function ---
@@ -156,6 +96,19 @@ def _prepare(
     if ratio > MOST_SAMPLES:
         raise ValueError(f"sampling_ratio must be at most {MOST_SAMPLES}, got {sampling_ratio=}")
     return Args(*check_arguments(input, boxes, output_size, spatial_scale), max(ratio, 0))
+
+
+_run = library.differentiable(
+    "ps_roi_align",
+    Args,
+    reference,
+    gradients=1,
+    always=1,
+    sizes_only=["input"],
+    fake=without_data,
+    flops=_flops,
+    backward_flops=lambda args, made: _flops(args),
+)
 
 
 def ps_roi_align(
@@ -210,13 +163,7 @@ def ps_roi_align(
     Follows Li et al., Light-Head R-CNN (2017).
     """
     args = _prepare(input, boxes, output_size, spatial_scale, sampling_ratio)
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.input.numel() == 0 or args.boxes.numel() == 0:
-        with library.without_autocast(input):
-            return reference(*args)
-    if library.differentiated(OP.name, args[:1]):
-        return _PsRoiAlign.apply(*args, chosen.name)
-    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+    return _run(args, backend)
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -231,8 +178,8 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
-            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library
-from accel.ops.boxes.bins import check_arguments, weighted_mean
-from accel.ops.deformable import sampling
-from accel.ops.deformable.sampling import KERNEL_DTYPES
+from accel import backends, dispatch, library
+from accel.backends import KERNEL_DTYPES
+from accel.ops.boxes.bins import check_arguments, weighted_mean, without_data
 
 
 class Args(NamedTuple):
@@ -52,71 +51,17 @@ def reference(input: Tensor, boxes: Tensor, output_size: list[int], spatial_scal
 # --- backends, fastest first for each device ---
 
 
-def _why_not_cpu(args: Args) -> str | None:
-    return sampling.why_not_cpu(args.input)
+_native = backends.native("ps_roi_pool")
+_triton = backends.triton(__name__)
 
 
-def _why_not_triton(args: Args) -> str | None:
-    return sampling.why_not_triton(__name__, args)
+# --- declaration ---
 
 
-_native = dispatch.native("ps_roi_pool")
-_triton = dispatch.triton(__name__)
-
-
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
-
-
-def _forward_fake(input: Tensor, boxes: Tensor, output_size: Any, *args: Any) -> Tensor:
-    ph, pw = output_size
-    return input.new_empty((boxes.shape[0], input.shape[1] // (ph * pw), ph, pw))
-
-
-_forward_op = library.register(
-    "ps_roi_pool_forward",
-    "(Tensor input, Tensor boxes, int[] output_size, float spatial_scale, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    lambda input, boxes, *args: boxes.shape[0] * input.shape[1],  # the least: how large bins are is in the values
-)
-
-
-def _backward(*args: Any) -> Any:
-    backward = OP.backend(args[-1]).backward
-    assert backward is not None
-    return backward(*args[:-1])
-
-
-_backward_op = library.register(
-    "ps_roi_pool_backward",
-    "(Tensor grad_out, Tensor boxes, SymInt[] input_size, int[] output_size, float spatial_scale, "
-    "str backend) -> Tensor",
-    _backward,
-    lambda grad_out, boxes, input_size, *args: grad_out.new_empty(input_size),
-    lambda grad_out, *args: grad_out.numel(),
-)
-
-
-class _PsRoiPool(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.size = list(inputs[0].shape)
-        ctx.rest = inputs[2:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        (boxes,) = ctx.saved_tensors
-        grad = library.once_differentiable(_backward_op, grad_out.contiguous(), boxes, ctx.size, *ctx.rest)
-        return grad, None, *([None] * len(ctx.rest))
+def _flops(args: Args) -> int:
+    """The least: how large bins are is in the values."""
+    outputs: int = args.boxes.shape[0] * args.input.shape[1]
+    return outputs
 
 
 # --- the public function ---
@@ -127,6 +72,19 @@ def _prepare(
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
     return Args(*check_arguments(input, boxes, output_size, spatial_scale))
+
+
+_run = library.differentiable(
+    "ps_roi_pool",
+    Args,
+    reference,
+    gradients=1,
+    always=1,
+    sizes_only=["input"],
+    fake=without_data,
+    flops=_flops,
+    backward_flops=lambda args, made: _flops(args),
+)
 
 
 def ps_roi_pool(
@@ -177,13 +135,7 @@ def ps_roi_pool(
     Follows Dai et al., R-FCN (2016).
     """
     args = _prepare(input, boxes, output_size, spatial_scale)
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.input.numel() == 0 or args.boxes.numel() == 0:
-        with library.without_autocast(input):
-            return reference(*args)
-    if library.differentiated(OP.name, args[:1]):
-        return _PsRoiPool.apply(*args, chosen.name)
-    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+    return _run(args, backend)
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -198,8 +150,8 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
-            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library
+from accel import backends, dispatch, library
+from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype, pair
 from accel.ops.deformable import sampling
-from accel.ops.deformable.sampling import KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
 
 
 class Args(NamedTuple):
@@ -67,7 +67,7 @@ def reference(
         for t in (y, x, torch.softmax(mask, -1) if softmax else mask)
     )
     image = input.to(inner).reshape(n, h * w, groups, c // groups).permute(0, 2, 3, 1)
-    samples = bilinear(image.reshape(n * groups, c // groups, h * w), y, x, h, w)  # (N·G, C/G, Ho·Wo, K)
+    samples = sampling.bilinear(image.reshape(n * groups, c // groups, h * w), y, x, h, w)  # (N·G, C/G, Ho·Wo, K)
     out = (samples * weights.unsqueeze(1)).sum(-1)
     return out.reshape(n, c, ho, wo).permute(0, 2, 3, 1).to(input.dtype).contiguous()
 
@@ -75,101 +75,36 @@ def reference(
 # --- backends, fastest first for each device ---
 
 
-def _why_not_cpu(args: Args) -> str | None:
-    return sampling.why_not_cpu(args.input)
-
-
 def _why_not_cuda(args: Args) -> str | None:
     batch, height, width, channels = args.input.shape
     _, rows, columns, groups, taps = args.mask.shape
     sizes = {"batch": batch, "pixels": height * width, "heads": groups, "channels": channels // groups}
-    reason = sampling.why_not_cuda(args.input, sizes, rows * columns, taps)
+    reason = sampling.why_not_cuda(args, sizes, rows * columns, taps)
     line = max(height + 2 * args.padding[0], width + 2 * args.padding[1])
     if reason is None and line >= 2**30:
         return f"it takes padded lines of fewer than 2^30 pixels, not {line}"
     return reason
 
 
-def _why_not_triton(args: Args) -> str | None:
-    return sampling.why_not_triton(__name__, args)
+_native = backends.native("deform_attention2d")
+_triton = backends.triton(__name__)
 
 
-_native = dispatch.native("deform_attention2d")
-_triton = dispatch.triton(__name__)
+# --- declaration ---
 
 
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-_SIGNATURE = (
-    "Tensor input, Tensor offset, Tensor mask, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-    "float offset_scale, bool remove_center, bool softmax"
-)
+def _fake(args: Args) -> Tensor:
+    return args.input.new_empty((*args.offset.shape[:3], args.input.shape[3]))
 
 
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
-
-
-def _forward_fake(input: Tensor, offset: Tensor, *args: Any) -> Tensor:
-    return input.new_empty((*offset.shape[:3], input.shape[3]))
-
-
-def _sample_flops(input: Any, mask: Any) -> int:
+def _flops(args: Args) -> int:
     """FLOPs of the weighted sum of four pixels for every tap and channel."""
-    n, ho, wo, _, taps = mask.shape
-    return 2 * 4 * n * ho * wo * taps * input.shape[3]
+    n, ho, wo, _, taps = args.mask.shape
+    return 2 * 4 * n * ho * wo * taps * args.input.shape[3]
 
 
-_forward_op = library.register(
-    "deform_attention2d_forward",
-    f"({_SIGNATURE}, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    lambda input, offset, mask, *args: _sample_flops(input, mask),
-)
-
-
-def _backward(*args: Any) -> Any:
-    backward = OP.backend(args[-1]).backward
-    assert backward is not None
-    return backward(*args[:-1])
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs, offset = args[10], args[1]
-    given = zip(args[:3], needs, strict=True)
-    return tuple([torch.empty_like(x) if needed else offset.new_empty(0) for x, needed in given])
-
-
-_backward_op = library.register(
-    "deform_attention2d_backward",
-    f"(Tensor grad_out, {_SIGNATURE}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    lambda grad_out, input, offset, mask, *args: (
-        (int(args[7][0]) + int(args[7][1] or args[7][2])) * _sample_flops(input, mask)
-    ),
-)
-
-
-class _DeformAttention2d(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.rest = inputs[3:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        *rest, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[:3])
-        grads = library.once_differentiable(
-            _backward_op, grad_out.contiguous(), *ctx.saved_tensors, *rest, needs, backend
-        )
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *([None] * (1 + len(rest)))
+def _backward_flops(args: Args, made: Sequence[bool]) -> int:
+    return (int(made[0]) + int(made[1] or made[2])) * _flops(args)
 
 
 # --- the public function ---
@@ -189,16 +124,15 @@ def _prepare(
     softmax: bool = False,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        raise TypeError(f"input must be a floating point tensor, got {getattr(input, 'dtype', type(input).__name__)}")
-    check_tensor(offset, "offset", input, "input")
-    check_tensor(mask, "mask", input, "input")
+    check_floating(input, "input")
+    check_beside(offset, "offset", input, "input")
+    check_beside(mask, "mask", input, "input")
     if input.dim() != 4 or input.shape[1] == 0 or input.shape[2] == 0 or input.shape[3] == 0:
         raise ValueError(f"input must be (N, H, W, C) with at least one pixel and channel, got {tuple(input.shape)=}")
-    kernel = sampling.pair(kernel_size, "kernel_size", 1)
-    strides = sampling.pair(stride, "stride", 1)
-    paddings = sampling.pair(padding, "padding", 0)
-    dilations = sampling.pair(dilation, "dilation", 1)
+    kernel = pair(kernel_size, "kernel_size", 1)
+    strides = pair(stride, "stride", 1)
+    paddings = pair(padding, "padding", 0)
+    dilations = pair(dilation, "dilation", 1)
     if not -math.inf < offset_scale < math.inf:
         raise ValueError(f"offset_scale must be finite, got {offset_scale=}")
     taps = kernel[0] * kernel[1]
@@ -236,6 +170,11 @@ def _prepare(
         remove_center=bool(remove_center),
         softmax=bool(softmax),
     )
+
+
+_run = library.differentiable(
+    "deform_attention2d", Args, reference, gradients=3, fake=_fake, flops=_flops, backward_flops=_backward_flops
+)
 
 
 def deform_attention2d(
@@ -320,13 +259,7 @@ def deform_attention2d(
         remove_center=remove_center,
         softmax=softmax,
     )
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.input.numel() == 0:
-        with library.without_autocast(input):
-            return reference(*args)
-    if library.differentiated(OP.name, args[:3]):
-        return _DeformAttention2d.apply(*args, chosen.name)
-    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+    return _run(args, backend)
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -342,10 +275,10 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
             # the faster of these two on an H200; a library without it, built where nvcc is not, lacks nothing
             dispatch.Backend("cuda", _why_not_cuda, *_native, frozenset({"cuda"}), KERNEL_DTYPES, extra=True),
-            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

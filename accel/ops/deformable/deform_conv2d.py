@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library
+from accel import backends, dispatch, library
+from accel.backends import HALF_DTYPES, KERNEL_DTYPES, check_beside, check_floating, inner_dtype, pair
 from accel.ops.deformable import sampling
-from accel.ops.deformable.sampling import HALF_DTYPES, KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
 
 
 class Args(NamedTuple):
@@ -66,7 +67,7 @@ def _images(
     columns = _grid(wo, (tap % kw).to(image.dtype), stride[1], padding[1], dilation[1])[:, None, :]
     shift = offset.reshape(n * offset_groups, taps, 2, ho, wo)
     flat = image.reshape(n * offset_groups, c // offset_groups, h * w)
-    samples = bilinear(flat, rows + shift[:, :, 0], columns + shift[:, :, 1], h, w)  # (N·G, C/G, K, Ho, Wo)
+    samples = sampling.bilinear(flat, rows + shift[:, :, 0], columns + shift[:, :, 1], h, w)  # (N·G, C/G, K, Ho, Wo)
     if mask is not None:
         samples = samples * mask.reshape(n * offset_groups, 1, taps, ho, wo)
     out = weight.reshape(groups, o // groups, -1) @ samples.reshape(n, groups, per_group * taps, ho * wo)
@@ -103,14 +104,6 @@ def reference(
 # --- backends, fastest first for each device ---
 
 
-def _why_not_cpu(args: Args) -> str | None:
-    return sampling.why_not_cpu(args.input)
-
-
-def _why_not_triton(args: Args) -> str | None:
-    return sampling.why_not_triton(__name__, args)
-
-
 CUDA_CHANNELS = 64  # as csrc/cuda/_product.cuh is deep
 
 
@@ -125,7 +118,7 @@ def _why_not_cuda(args: Args) -> str | None:
     out_channels, per_group, kh, kw = args.weight.shape
     outputs, offset_groups = args.offset.shape[2] * args.offset.shape[3], args.offset.shape[1] // (2 * kh * kw)
     sizes = {"batch": n, "pixels": height * width, "heads": offset_groups, "channels": channels // offset_groups}
-    reason = sampling.why_not_cuda(args.input, sizes, outputs, kh * kw)
+    reason = sampling.why_not_cuda(args, sizes, outputs, kh * kw)
     if reason is not None:
         return reason
     if args.input.dtype == torch.float32:
@@ -148,86 +141,27 @@ def _why_not_cuda(args: Args) -> str | None:
     return None
 
 
-_native = dispatch.native("deform_conv2d")
-_triton = dispatch.triton(__name__)
+_native = backends.native("deform_conv2d")
+_triton = backends.triton(__name__)
 
 
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-_SIGNATURE = (
-    "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
-    "int[] stride, int[] padding, int[] dilation"
-)
+# --- declaration ---
 
 
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
+def _fake(args: Args) -> Tensor:
+    shape = (args.input.shape[0], args.weight.shape[0], args.offset.shape[2], args.offset.shape[3])
+    format = memory_format(args.input)
+    return torch.empty(shape, dtype=args.input.dtype, device=args.input.device, memory_format=format)
 
 
-def _forward_fake(input: Tensor, offset: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    shape = (input.shape[0], weight.shape[0], offset.shape[2], offset.shape[3])
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
-
-
-def _product_flops(offset: Any, weight: Any) -> int:
+def _flops(args: Args) -> int:
     """FLOPs of the product of the weight and the samples."""
-    out: int = 2 * offset.shape[0] * offset.shape[2] * offset.shape[3]
-    return out * weight.shape[0] * weight.shape[1] * weight.shape[2] * weight.shape[3]
+    out: int = 2 * args.offset.shape[0] * args.offset.shape[2] * args.offset.shape[3]
+    return out * math.prod(args.weight.shape)
 
 
-_forward_op = library.register(
-    "deform_conv2d_forward",
-    f"({_SIGNATURE}, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    lambda input, offset, weight, *args: _product_flops(offset, weight),
-)
-
-
-def _backward(*args: Any) -> Any:
-    backward = OP.backend(args[-1]).backward
-    assert backward is not None
-    return backward(*args[:-1])
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs, offset = args[8], args[1]
-    given = zip(args[:5], needs, strict=True)
-    return tuple([torch.empty_like(x) if x is not None and needed else offset.new_empty(0) for x, needed in given])
-
-
-def _backward_flops(grad_out: Any, input: Any, offset: Any, weight: Any, *args: Any) -> int:
-    needs = args[5]
-    return (int(needs[0] or needs[1] or needs[4]) + int(needs[2])) * _product_flops(offset, weight)
-
-
-_backward_op = library.register(
-    "deform_conv2d_backward",
-    f"(Tensor grad_out, {_SIGNATURE}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    _backward_flops,
-)
-
-
-class _DeformConv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.rest = inputs[5:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        saved = ctx.saved_tensors
-        *rest, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[:5])
-        grad_out = lay_out(grad_out, memory_format(saved[0]))
-        grads = library.once_differentiable(_backward_op, grad_out, *saved, *rest, needs, backend)
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *([None] * (1 + len(rest)))
+def _backward_flops(args: Args, made: Sequence[bool]) -> int:
+    return (int(made[0] or made[1] or made[4]) + int(made[2])) * _flops(args)
 
 
 # --- the public function ---
@@ -244,11 +178,10 @@ def _prepare(
     mask: Tensor | None = None,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
-    if not isinstance(input, Tensor) or not input.is_floating_point():
-        raise TypeError(f"input must be a floating point tensor, got {getattr(input, 'dtype', type(input).__name__)}")
+    check_floating(input, "input")
     for name, x in (("offset", offset), ("weight", weight), ("bias", bias), ("mask", mask)):
         if x is not None or name in ("offset", "weight"):
-            check_tensor(x, name, input, "input")
+            check_beside(x, name, input, "input")
     if input.dim() != 4 or input.shape[1] == 0 or input.shape[2] == 0 or input.shape[3] == 0:
         raise ValueError(f"input must be (N, C, H, W) with at least one channel and pixel, got {tuple(input.shape)=}")
     if weight.dim() != 4 or weight.numel() == 0:
@@ -262,9 +195,9 @@ def _prepare(
             f"channels O, got {tuple(weight.shape)=} for {tuple(input.shape)=}: {channels / per_group:g} groups"
         )
     strides, paddings, dilations = (
-        sampling.pair(stride, "stride", 1),
-        sampling.pair(padding, "padding", 0),
-        sampling.pair(dilation, "dilation", 1),
+        pair(stride, "stride", 1),
+        pair(padding, "padding", 0),
+        pair(dilation, "dilation", 1),
     )
     ho, wo = sampling.output_size(input.shape[2:], (kh, kw), strides, paddings, dilations)
     taps = kh * kw
@@ -303,6 +236,18 @@ def _prepare(
         padding=paddings,
         dilation=dilations,
     )
+
+
+_run = library.differentiable(
+    "deform_conv2d",
+    Args,
+    reference,
+    gradients=5,
+    fake=_fake,
+    flops=_flops,
+    backward_flops=_backward_flops,
+    lay_out=lambda grad, args: lay_out(grad, memory_format(args.input)),
+)
 
 
 def deform_conv2d(
@@ -363,13 +308,7 @@ def deform_conv2d(
     Follows Dai et al., Deformable Convolutional Networks (2017), and Zhu et al., Deformable ConvNets v2 (2018).
     """
     args = _prepare(input, offset, weight, bias, stride, padding, dilation, mask)
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.input.numel() == 0:
-        with library.without_autocast(input):
-            return reference(*args)
-    if library.differentiated(OP.name, args[:5]):
-        return _DeformConv2d.apply(*args, chosen.name)
-    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+    return _run(args, backend)
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -385,8 +324,8 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
-            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             # behind until it has been measured; only half precision, only where nvcc was at build time
             dispatch.Backend("cuda", _why_not_cuda, *_native, frozenset({"cuda"}), HALF_DTYPES, extra=True),
             dispatch.Backend("reference", lambda args: None, reference),

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library
-from accel.ops.attention.arguments import _may_remember, _Recent
+from accel import backends, dispatch, library, memo
+from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype
 from accel.ops.deformable import sampling
-from accel.ops.deformable.sampling import KERNEL_DTYPES, bilinear, check_tensor, inner_dtype
 
 CUDA_LEVELS = 16  # as in csrc/cuda/deformable/ms_deform_attn.h
 
@@ -53,7 +52,7 @@ def reference(
     size = torch.stack([width, height], -1).to(inner)
     at = (sampling_locations * size - 0.5).transpose(1, 2).reshape(n * m, queries, points, 2)
     image = value.to(inner).permute(0, 2, 3, 1).reshape(n * m, d, s)
-    samples = bilinear(image, at[..., 1], at[..., 0], height, width, start)  # (N·M, D, Q, P)
+    samples = sampling.bilinear(image, at[..., 1], at[..., 0], height, width, start)  # (N·M, D, Q, P)
     weights = attention_weights.transpose(1, 2).reshape(n * m, 1, queries, points)
     out = (samples * weights).sum(-1)
     return out.reshape(n, m * d, queries).transpose(1, 2).to(value.dtype).contiguous()
@@ -62,104 +61,40 @@ def reference(
 # --- backends, fastest first for each device ---
 
 
-def _why_not_cpu(args: Args) -> str | None:
-    return sampling.why_not_cpu(args.value)
-
-
 def _why_not_cuda(args: Args) -> str | None:
     batch, pixels, heads, channels = args.value.shape
     sizes = {"batch": batch, "pixels": pixels, "heads": heads, "channels": channels}
-    reason = sampling.why_not_cuda(args.value, sizes, args.sampling_locations.shape[1], sum(args.num_points))
+    reason = sampling.why_not_cuda(args, sizes, args.sampling_locations.shape[1], sum(args.num_points))
     if reason is None and len(args.num_points) > CUDA_LEVELS:
         return f"it takes up to {CUDA_LEVELS} levels, not {len(args.num_points)}"
     return reason
 
 
-def _why_not_triton(args: Args) -> str | None:
-    return sampling.why_not_triton(__name__, args)
+_native = backends.native("ms_deform_attn")
+_triton = backends.triton(__name__)
 
 
-_native = dispatch.native("ms_deform_attn")
-_triton = dispatch.triton(__name__)
+# --- declaration ---
 
 
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-_SIGNATURE = (
-    "Tensor value, Tensor sampling_locations, Tensor attention_weights, Tensor spatial_shapes, "
-    "Tensor level_start_index, int[] num_points"
-)
+def _fake(args: Args) -> Tensor:
+    n, _, heads, size = args.value.shape
+    return args.value.new_empty((n, args.sampling_locations.shape[1], heads * size))
 
 
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
-
-
-def _forward_fake(value: Tensor, sampling_locations: Tensor, *args: Any) -> Tensor:
-    return value.new_empty((value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3]))
-
-
-def _sample_flops(value: Any, attention_weights: Any) -> int:
+def _flops(args: Args) -> int:
     """FLOPs of the weighted sum of four pixels for every point and channel."""
-    n, queries, heads, points = attention_weights.shape
-    return 2 * 4 * n * queries * heads * points * value.shape[3]
+    n, queries, heads, points = args.attention_weights.shape
+    return 2 * 4 * n * queries * heads * points * args.value.shape[3]
 
 
-_forward_op = library.register(
-    "ms_deform_attn_forward",
-    f"({_SIGNATURE}, str backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    lambda value, locations, weights, *args: _sample_flops(value, weights),
-)
-
-
-def _backward(*args: Any) -> Any:
-    backward = OP.backend(args[-1]).backward
-    assert backward is not None
-    return backward(*args[:-1])
-
-
-def _backward_fake(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    needs, locations = args[6], args[1]
-    given = zip(args[:3], needs, strict=True)
-    return tuple([torch.empty_like(x) if needed else locations.new_empty(0) for x, needed in given])
-
-
-_backward_op = library.register(
-    "ms_deform_attn_backward",
-    f"(Tensor grad_out, {_SIGNATURE}, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    lambda grad_out, value, locations, weights, *args: (
-        (int(args[3][0]) + int(args[3][1] or args[3][2])) * _sample_flops(value, weights)
-    ),
-)
-
-
-class _MSDeformAttn(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:5])
-        ctx.rest = inputs[5:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        num_points, backend = ctx.rest
-        needs = list(ctx.needs_input_grad[:3])
-        grads = library.once_differentiable(
-            _backward_op, grad_out.contiguous(), *ctx.saved_tensors, num_points, needs, backend
-        )
-        return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None, None
+def _backward_flops(args: Args, made: Sequence[bool]) -> int:
+    return (int(made[0]) + int(made[1] or made[2])) * _flops(args)
 
 
 # --- the public function ---
 
-_shapes_seen = _Recent()
+_shapes_seen = memo.Recent()
 
 
 def _on_device(values: Sequence[int], like: Tensor) -> Tensor:
@@ -171,7 +106,7 @@ def _on_device(values: Sequence[int], like: Tensor) -> Tensor:
     def make() -> Tensor:
         return torch.cat([torch.full((1,), v, dtype=torch.int64, device=like.device) for v in values])
 
-    if not _may_remember(like.detach() if like.requires_grad else like):
+    if not memo.may_remember(like.detach() if like.requires_grad else like):
         return make()
     return _shapes_seen.get_or_make((like.device, *values), make)
 
@@ -276,10 +211,9 @@ def _prepare(
     num_points: int | Sequence[int] | None = None,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"value must be a floating point tensor, got {getattr(value, 'dtype', type(value).__name__)}")
-    check_tensor(sampling_locations, "sampling_locations", value, "value")
-    check_tensor(attention_weights, "attention_weights", value, "value")
+    check_floating(value, "value")
+    check_beside(sampling_locations, "sampling_locations", value, "value")
+    check_beside(attention_weights, "attention_weights", value, "value")
     if value.dim() != 4 or value.shape[1] == 0 or value.shape[2] == 0 or value.shape[3] == 0:
         raise ValueError(f"value must be (N, S, M, D) with S, M and D positive, got {tuple(value.shape)=}")
     n, s, m, _ = value.shape
@@ -327,6 +261,11 @@ def _prepare(
         level_start_index=starts,
         num_points=points,
     )
+
+
+_run = library.differentiable(
+    "ms_deform_attn", Args, reference, gradients=3, fake=_fake, flops=_flops, backward_flops=_backward_flops
+)
 
 
 def ms_deform_attn(
@@ -385,13 +324,7 @@ def ms_deform_attn(
     args = _prepare(
         value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points=num_points
     )
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.value.numel() == 0 or args.attention_weights.numel() == 0:
-        with library.without_autocast(value):
-            return reference(*args)
-    if library.differentiated(OP.name, args[:3]):
-        return _MSDeformAttn.apply(*args, chosen.name)
-    return _forward_op(*args, chosen.name)  # torch.compile cannot trace the Function where nothing requires a gradient
+    return _run(args, backend)
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -407,10 +340,10 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
             # the faster of these two on an H200; a library without it, built where nvcc is not, lacks nothing
             dispatch.Backend("cuda", _why_not_cuda, *_native, frozenset({"cuda"}), KERNEL_DTYPES, extra=True),
-            dispatch.Backend("triton", _why_not_triton, *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -1,25 +1,14 @@
-"""What the deformable ops have in common: bilinear samples at positions from a tensor, and checks of arguments."""
+"""What the deformable ops have in common: bilinear samples at positions from a tensor, and what their kernels count."""
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel import dispatch
-
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-KERNEL_DTYPES = (torch.float32, *HALF_DTYPES)
-
-
-def inner_dtype(x: Tensor) -> torch.dtype:
-    """What coordinates and small parameters beside ``x`` are read in, and sums are made in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
+from accel import backends
 
 # --- the definition of a sample ---
 
@@ -57,30 +46,6 @@ def bilinear(
 # --- checks ---
 
 
-def check_tensor(x: Any, name: str, main: Tensor, main_name: str) -> None:
-    """``x`` is a floating tensor on the device of ``main``."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.device != main.device:
-        raise ValueError(f"{name} is on {x.device} but {main_name} is on {main.device}")
-
-
-def pair(values: int | Sequence[int], name: str, least: int) -> list[int]:
-    """One integer for both axes, or two of them (y, x); none below ``least``."""
-    try:
-        if isinstance(values, Sequence):
-            out = [operator.index(v) for v in values]
-        else:
-            out = [operator.index(values)] * 2
-    except TypeError:
-        raise TypeError(f"{name} must be an integer or two of them (y, x), got {name}={values!r}") from None
-    if len(out) != 2:
-        raise ValueError(f"{name} must be an integer or two of them (y, x), got {name}={values!r}")
-    if out[0] < least or out[1] < least:
-        raise ValueError(f"{name} must be at least {least}, got {name}={values!r}")
-    return out
-
-
 def output_size(
     size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> list[int]:
@@ -94,62 +59,13 @@ def output_size(
     return out
 
 
-# --- leaves ---
-
-
-def why_not_cpu(main: Tensor) -> str | None:
-    """Why ``accel._C`` cannot compute an op on ``main``."""
-    if main.device.type != "cpu":
-        return f"the tensors are on {main.device.type}"
-    reason = dispatch.leaf_reason("accel._C")
-    if reason is not None:
-        return reason
-    return why_not_dtype(main)
-
-
-def why_not_dtype(main: Tensor) -> str | None:
-    if main.dtype not in KERNEL_DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {main.dtype}"
-    return None
-
-
-def why_not_triton(name: str, args: Any) -> str | None:
-    """Why ``accel.kernels.<name>`` cannot compute ``args``."""
-    return dispatch.why_not_triton(name, args) or why_not_dtype(args[0])
-
-
-@functools.cache
-def _why_not_device(extension: Any, index: int) -> str | None:
-    build = extension.build_info()
-    if not build["cuda_archs"]:
-        return f"the CUDA kernels were not built: {build.get('cuda_missing')}"
-    with torch.cuda.device(index):
-        error = extension.cuda_error(index)
-    if error:
-        return f"the CUDA kernels, built for {build['cuda_archs']}, do not run on {_name_of(index)}: {error}"
-    return None
-
-
-def _name_of(index: int) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})"
-
-
-@torch.compiler.assume_constant_result  # the extension cannot be traced, and its answer does not change
-def _why_not_built(index: int) -> str | None:
-    extension, reason = dispatch.leaf("accel._C")
-    return reason or _why_not_device(extension, index)
-
-
-def why_not_cuda(main: Tensor, sizes: dict[str, int], queries: int, points: int) -> str | None:
-    """Why the CUDA kernels of ``accel._C`` cannot compute an op on ``main``.
+def why_not_cuda(args: Any, sizes: dict[str, int], queries: int, points: int) -> str | None:
+    """Why the CUDA kernels of ``accel._C`` cannot compute ``args`` of an op.
 
     ``sizes`` are the map's: ``batch``, ``pixels``, ``heads``, ``channels`` of a head. Every query and head takes
     ``points`` samples.
     """
-    if main.device.type != "cuda":
-        return f"the tensors are on {main.device.type}"
-    reason = _why_not_built(main.device.index) or why_not_dtype(main)
+    reason = backends.why_not_cuda(args)
     if reason is not None:
         return reason
     batch, pixels, heads, channels = (sizes[name] for name in ("batch", "pixels", "heads", "channels"))

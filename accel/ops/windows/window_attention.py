@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library, philox
-from accel.ops.attention.rules import relative_position_index
+from accel import backends, dispatch, library, philox
+from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype
+from accel.ops.grid import relative_position_index
 
 LN_100 = math.log(100.0)
 NORM_EPS = 1e-12
@@ -102,7 +103,7 @@ def reference(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """The op in plain torch, fp32 or fp64 inside: output ``(B, Z, Y, X, C)`` and log-sum-exp ``(B·windows, H, N)``."""
-    inner = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    inner = inner_dtype(qkv)
     head_dim, tokens, windows, padded = sizes(qkv, num_heads, window)
     batch, (size_z, size_y, size_x) = qkv.shape[0], qkv.shape[1:4]
     x = qkv.to(inner)
@@ -150,23 +151,19 @@ def reference(
 
 # --- backends, fastest first for each device ---
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_SIZE = 128
 
 
-def _why_not_kernel(args: Args, max_head_dim: int) -> str | None:
-    """What no kernel of ours takes, whatever its language."""
-    if args.qkv.dtype not in KERNEL_DTYPES:
-        return f"it computes float32, bfloat16 and float16, not {args.qkv.dtype}"
+def _why_not_size(args: Args) -> str | None:
+    """Which head sizes no kernel of ours takes, whatever its language."""
     head_dim = args.qkv.shape[-1] // (3 * args.num_heads)
-    if head_dim % 4 or head_dim > max_head_dim:
-        return f"it takes head sizes that are a multiple of 4 up to {max_head_dim}, not {head_dim}"
+    if head_dim % 4 or head_dim > MAX_HEAD_SIZE:
+        return f"it takes head sizes that are a multiple of 4 up to {MAX_HEAD_SIZE}, not {head_dim}"
     return None
 
 
 def _why_not_cpu(args: Args) -> str | None:
-    if args.qkv.device.type != "cpu":
-        return f"the tensors are on {args.qkv.device.type}"
-    return dispatch.leaf_reason("accel._C") or _why_not_kernel(args, 128)
+    return backends.why_not_cpu(args) or _why_not_size(args)
 
 
 def _fp32(*small: Tensor | None) -> list[Tensor | None]:
@@ -177,103 +174,42 @@ def _cpu_forward(qkv: Tensor, *args: Any) -> Any:
     return torch.ops.accel_native.window_attention_forward.default(qkv, *_fp32(*args[:4]), *args[4:])
 
 
-def _cpu_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *args: Any) -> Any:
+def _cpu_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *args: Any) -> Any:
     *args_, needs = args  # out and lse are not read: whole rows of logits are at hand again, and recomputed exactly
     native = torch.ops.accel_native.window_attention_backward.default
     return native(grad_out, qkv, *_fp32(*args_[:4]), *args_[4:], *needs)
 
 
+_triton = backends.triton(__name__)
+
+
 def _why_not_triton(args: Args) -> str | None:
-    return dispatch.why_not_triton(__name__, args) or _why_not_kernel(args, 128)
+    return _triton.why_not(args) or _why_not_size(args)
 
 
-_triton_forward, _triton_backward = dispatch.triton(__name__)
-
-# --- registered ops: opaque to the compiler, the backend a string ---
-
-_SIGNATURE = (
-    "Tensor? bias_table, Tensor? bias, Tensor? head_scale, Tensor? qkv_bias, Tensor? seed, int num_heads, "
-    "int[] window, int[] shift, float scale, bool roll_first, float mask_value, float dropout_p"
-)
+def _triton_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *args: Any) -> Any:
+    return _triton.backward(grad_out, qkv, out, lse, *args)
 
 
-def _forward(*args: Any) -> Any:
-    return OP.backend(args[-1]).forward(*args[:-1])
+# --- declaration ---
 
 
-def _forward_fake(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    num_heads, window = args[5], args[6]
-    _, tokens, windows, _ = sizes(qkv, num_heads, window)
+def _fake(args: Args) -> tuple[Tensor, Tensor]:
+    qkv = args.qkv
+    _, tokens, windows, _ = sizes(qkv, args.num_heads, args.window)
     out = qkv.new_empty([*qkv.shape[:-1], qkv.shape[-1] // 3])
-    return out, qkv.new_empty((qkv.shape[0] * windows, num_heads, tokens), dtype=torch.float32)
+    return out, qkv.new_empty((qkv.shape[0] * windows, args.num_heads, tokens), dtype=torch.float32)
 
 
-def _matmul_flops(qkv: Any, num_heads: int, window: Sequence[int]) -> int:
+def _backward_fake(args: Args, made: Sequence[bool]) -> tuple[Tensor, ...]:
+    small = [x.shape if x is not None and wanted else (0,) for x, wanted in zip(args[1:5], made[1:], strict=True)]
+    return torch.empty_like(args.qkv), *[args.qkv.new_empty(shape, dtype=torch.float32) for shape in small]
+
+
+def _product_flops(args: Args) -> int:
     """FLOPs of one (N × D) · (D × N) product in every window and head."""
-    head_dim, tokens, windows, _ = sizes(qkv, num_heads, window)
-    return 2 * qkv.shape[0] * windows * num_heads * tokens * tokens * head_dim
-
-
-_forward_op = library.register(
-    "window_attention_forward",
-    f"(Tensor qkv, {_SIGNATURE}, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    lambda qkv, *args: 2 * _matmul_flops(qkv, args[5], args[6]),
-)
-
-
-def _backward(*args: Any) -> Any:
-    backward = OP.backend(args[-1]).backward
-    assert backward is not None
-    return backward(*args[:-1])
-
-
-def _backward_fake(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    bias_table, bias, head_scale, qkv_bias = args[:4]
-    needs = args[-2]
-
-    def like(x: Tensor | None, needed: bool) -> Tensor:
-        return lse.new_empty(x.shape if x is not None and needed else (0,))
-
-    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    small = zip((bias_table, bias, head_scale, qkv_bias), needs, strict=True)
-    return (grad_qkv, *(like(x, needed) for x, needed in small))
-
-
-_backward_op = library.register(
-    "window_attention_backward",
-    f"(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, {_SIGNATURE}, bool[] needs, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-    lambda grad_out, qkv, out, lse, *args: 5 * _matmul_flops(qkv, args[5], args[6]),
-)
-
-
-class _WindowAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return _forward_op(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
-        ctx.save_for_backward(out, lse, *inputs[:6])
-        ctx.rest = inputs[6:]
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor, _grad_lse: Any) -> Any:
-        out, lse, qkv, *small, seed = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[1:5])
-        *rest, backend = ctx.rest
-        grads = library.once_differentiable(
-            _backward_op, grad_out.contiguous(), qkv, out, lse, *small, seed, *rest, needs, backend
-        )
-        grad_qkv = grads[0] if ctx.needs_input_grad[0] else None
-        given = zip(grads[1:], small, needs, strict=True)
-        return grad_qkv, *(g.to(x.dtype) if needed else None for g, x, needed in given), *([None] * (2 + len(rest)))
+    head_dim, tokens, windows, _ = sizes(args.qkv, args.num_heads, args.window)
+    return 2 * args.qkv.shape[0] * windows * args.num_heads * tokens * tokens * head_dim
 
 
 # --- the public function ---
@@ -285,15 +221,6 @@ def _triple(values: Sequence[int], name: str, rank: int, fill: int) -> list[int]
         raise ValueError(f"{name} must hold {rank - 2} integers for qkv of rank {rank}, got {name}={values!r}")
     out = [int(v) for v in values]
     return out if rank == 5 else [fill, *out]
-
-
-def _check_tensor(x: Tensor | None, name: str, qkv: Tensor) -> None:
-    if x is None:
-        return
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.device != qkv.device:
-        raise ValueError(f"{name} is on {x.device} but qkv is on {qkv.device}")
 
 
 def _prepare(
@@ -313,12 +240,12 @@ def _prepare(
     dropout_p: float = 0.0,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
-    if not isinstance(qkv, Tensor) or not qkv.is_floating_point():
-        raise TypeError(f"qkv must be a floating point tensor, got {getattr(qkv, 'dtype', type(qkv).__name__)}")
+    check_floating(qkv, "qkv")
     if qkv.dim() not in (4, 5):
         raise ValueError(f"qkv must be (B, Hh, Ww, 3·C) or (B, D, Hh, Ww, 3·C), got {tuple(qkv.shape)=}")
     for name, x in (("bias_table", bias_table), ("bias", bias), ("logit_scale", logit_scale), ("qkv_bias", qkv_bias)):
-        _check_tensor(x, name, qkv)
+        if x is not None:
+            check_beside(x, name, qkv, "qkv")
     if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(f"the last axis of qkv must be 3·H·D for {num_heads=}, got {tuple(qkv.shape)=}")
     window = _triple(window_size, "window_size", qkv.dim(), 1)
@@ -360,8 +287,7 @@ def _prepare(
         shift = [0 if window[i] >= padded[i] else shift[i] for i in range(3)]
     head_scale = None
     if logit_scale is not None:
-        inner = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-        head_scale = logit_scale.reshape(num_heads).to(inner).clamp(max=LN_100).exp()
+        head_scale = logit_scale.reshape(num_heads).to(inner_dtype(qkv)).clamp(max=LN_100).exp()
     return Args(
         qkv=qkv.contiguous(),
         bias_table=None if bias_table is None else bias_table.contiguous(),
@@ -377,6 +303,21 @@ def _prepare(
         mask_value=float(mask_value),
         dropout_p=float(dropout_p),
     )
+
+
+_run = library.differentiable(
+    "window_attention",
+    Args,
+    reference,
+    gradients=5,
+    always=1,
+    outputs=["out", "lse"],
+    keep_outputs=True,
+    fake=_fake,
+    flops=lambda args: 2 * _product_flops(args),
+    backward_fake=_backward_fake,
+    backward_flops=lambda args, made: 5 * _product_flops(args),
+)
 
 
 def window_attention(
@@ -454,14 +395,7 @@ def window_attention(
         clamp_shift=clamp_shift,
         dropout_p=dropout_p,
     )
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "reference" or args.qkv.numel() == 0:
-        with library.without_autocast(qkv):
-            out = reference(*args)[0]
-    elif library.differentiated(OP.name, args[:5]):
-        out = _WindowAttention.apply(*args, chosen.name)[0]
-    else:  # torch.compile cannot trace the Function where nothing requires a gradient
-        out = _forward_op(*args, chosen.name)[0]
+    out = _run(args, backend)[0]
     return out if qkv.dim() == 5 else out.squeeze(1)
 
 
@@ -479,7 +413,7 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend(
-                "triton", _why_not_triton, _triton_forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+                "triton", _why_not_triton, _triton.forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
