@@ -81,8 +81,8 @@ class CompileCase:
 
     name: str
     kernel: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
+    signature: dict[str, Any]
+    constexprs: dict[tuple[int, ...], Any]  # by place: of a parameter, and of an element where that is a tuple
     attributes: dict[tuple[int, ...], list[list[Any]]]
     warps: int
     stages: int
@@ -98,7 +98,11 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything it is launched with. ``arguments`` may hold meta tensors when only compiled."""
+    """A kernel with everything it is launched with. ``arguments`` may hold meta tensors when only compiled.
+
+    Pointers and floats may come in NamedTuples. Integers may not: Triton compiles a kernel anew for their values there,
+    whatever ``do_not_specialize`` says.
+    """
 
     kernel: Any
     programs: int
@@ -115,24 +119,42 @@ class Launch:
 
     def case(self, name: str) -> CompileCase:
         """What a launch compiles to: integers are not specialised, pointers are aligned to 16 bytes as torch's are."""
-        signature: dict[str, str] = {}
-        constexprs: dict[str, Any] = {}
+        signature: dict[str, Any] = {}
+        constexprs: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+
+        def kind(value: Any, place: tuple[int, ...]) -> Any:
+            """Triton's name for the type of a value, of each of its elements where it is a tuple."""
+            if value is None:
+                constexprs[place] = None
+                return "constexpr"
+            if isinstance(value, torch.Tensor):
+                attributes[place] = [["tt.divisibility", 16]]
+                return _POINTER[value.dtype]
+            if isinstance(value, float):
+                return "fp32"
+            if isinstance(value, tuple):
+                return type(value)(*[kind(element, (*place, n)) for n, element in enumerate(value)])
+            parameter = self.kernel.params[place[0]]
+            if len(place) > 1 or not parameter.do_not_specialize:
+                raise TypeError(f"{self.kernel.__name__} would be compiled anew for each value of {parameter.name}")
+            return "i32" if -(2**31) <= value < 2**31 else "i64"
+
         for position, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
-            if parameter.is_constexpr or value is None:
+            if parameter.is_constexpr:
+                constexprs[position,] = value
                 signature[parameter.name] = "constexpr"
-                constexprs[parameter.name] = value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = _POINTER[value.dtype]
-                attributes[(position,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, float):
-                signature[parameter.name] = "fp32"
             else:
-                signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                signature[parameter.name] = kind(value, (position,))
         name = f"{self.kernel.__name__} {name}"
         how = (self.warps, self.stages, self.registers, self.spill)
         return CompileCase(name, self.kernel, signature, constexprs, attributes, *how)
+
+
+def power_of_two(size: int, least: int, most: int) -> int:
+    """The block for ``size`` elements, within bounds that are powers of two."""
+    return min(most, max(least, triton.next_power_of_2(size)))
 
 
 def launch(

@@ -1,13 +1,14 @@
-"""How a call of softmax attention becomes kernel arguments: strides, optional tensors, the tile."""
+"""How a call of softmax attention becomes kernel arguments: tensors, strides, what is compiled in, the tile."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from accel.kernels import _launch
@@ -21,9 +22,59 @@ LAUNCH_INTS = [
     *[f"{name}_{axis}" for name in ("bias", "mask") for axis in "bhts"],
     *["rows_b", "spans_b", "batches", "heads", "group", "together", "queries", "keys"],
     *["line_length", "table_rows", "bins"],
-    *["grid_h", "grid_w", "extra", "threshold", "per_part", "parts"],
+    *["grid_h", "grid_w", "extra", "threshold", "per_part", "total"],
+    *["owners_b", "owners_h", "owners_t", "owners_s"],
 ]
 """Integers on whose values no kernel of this op is specialised."""
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call, None for what it lacks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    line: Tensor | None
+    table: Tensor | None
+    bias_index: Tensor | None
+    mask: Tensor | None
+    rows: Tensor | None
+    seed: Tensor | None
+
+
+class Upstream(NamedTuple):
+    """The tensors that a backward pass starts from."""
+
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+
+
+class Factors(NamedTuple):
+    """The numbers of a call."""
+
+    scale: float
+    softcap: float
+    keep_scale: float
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a kernel is compiled for; all of it is known at compile time."""
+
+    rule: str
+    grid: bool  # a bias table is that of a grid, else it has an index
+    softcap: bool
+    binary: bool  # logits are in units of ln 2
+    unit: int  # strides of rows are counted in so many elements
+    d: int
+    e: int
+    block_d: int
+    block_e: int
+    block_m: int  # queries of a tile
+    block_n: int  # keys
+    dot: tl.dtype
 
 
 CACHE_BYTES = 32 << 20
@@ -73,7 +124,7 @@ def plain(args: Args) -> bool:
 def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments that the kernels of a call have in common, with strides of ``buffers`` too.
 
-    Strides of ``(B, H, tokens, ·)`` are counted in UNIT elements, so that the compiler knows rows to be aligned.
+    Strides of ``(B, H, tokens, ·)`` are counted in units, so that the compiler knows rows to be aligned.
     """
     found = {name: strides(x) for name, x in {"q": args.q, "k": args.k, "v": args.v, **buffers}.items()}
     unit = 8 if all(n % 8 == 0 for steps in found.values() for n in steps[:3]) else 1
@@ -89,16 +140,19 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
     grid_h, grid_w, extra = args.grid or (1, 1, 0)
     return {
         **given,
-        "q_ptr": args.q,
-        "k_ptr": args.k,
-        "v_ptr": args.v,
-        "bias_ptr": args.bias,
-        "line_ptr": None if args.line is None else args.line.contiguous(),
-        "table_ptr": args.table,
-        "mask_ptr": None if args.mask is None else args.mask.view(torch.uint8),
-        "index_ptr": args.bias_index,
-        "rows_ptr": rows,
-        "seed_ptr": args.seed if args.dropout_p > 0.0 else None,
+        "inputs": Inputs(
+            q=args.q,
+            k=args.k,
+            v=args.v,
+            bias=args.bias,
+            line=None if args.line is None else args.line.contiguous(),
+            table=args.table,
+            bias_index=args.bias_index,
+            mask=None if args.mask is None else args.mask.view(torch.uint8),
+            rows=rows,
+            seed=args.seed if args.dropout_p > 0.0 else None,
+        ),
+        "factors": Factors(args.scale, args.softcap, keep_scale=1.0 / (1.0 - args.dropout_p)),
         "rows_b": 0 if rows is None or rows.shape[0] == 1 else rows.stride(0),
         "batches": batches,
         "heads": heads,
@@ -112,25 +166,33 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
         "grid_w": grid_w,
         "extra": extra,
         "threshold": int(args.dropout_p * 2.0**32),
-        "keep_scale": 1.0 / (1.0 - args.dropout_p),
-        "scale": args.scale,
-        "softcap": args.softcap,
-        "RULE": args.rule,
-        "GRID": bool(args.grid),
-        "SOFTCAP": args.softcap > 0.0,
-        "BINARY": args.q.dtype != torch.float32,
-        "MASKED": args.mask is not None,
-        "PLAIN": plain(args),
-        "UNIT": unit,
-        "D": head_size,
-        "E": args.v.shape[3],
-        "BLOCK_D": head_block(head_size),
-        "BLOCK_E": head_block(args.v.shape[3]),
-        "DOT": _launch.dot_dtype(args.q.dtype),
+        "unit": unit,
     }
+
+
+def config(args: Args, tile: Tile, unit: int) -> Config:
+    head_size, value_size = args.q.shape[3], args.v.shape[3]
+    return Config(
+        rule=args.rule,
+        grid=bool(args.grid),
+        softcap=args.softcap > 0.0,
+        binary=args.q.dtype != torch.float32,
+        unit=unit,
+        d=head_size,
+        e=value_size,
+        block_d=head_block(head_size),
+        block_e=head_block(value_size),
+        block_m=tile.queries,
+        block_n=tile.keys,
+        dot=_launch.dot_dtype(args.q.dtype),
+    )
 
 
 def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> Launch:
     """A launch over this tile."""
-    arguments.update(BLOCK_M=tile.queries, BLOCK_N=tile.keys)
     return _launch.launch(kernel, programs, tile.warps, tile.stages, None, tile.spill, **arguments)
+
+
+def launch_call(kernel: Any, programs: int, tile: Tile, args: Args, given: Mapping[str, Any], **more: Any) -> Launch:
+    """A launch over this tile of a kernel that takes what the kernels of a call have in common."""
+    return launch(kernel, programs, tile, **given, **more, CONFIG=config(args, tile, given["unit"]))

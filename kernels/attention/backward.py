@@ -11,10 +11,16 @@ import triton.language as tl
 
 from accel.kernels.attention.arguments import LAUNCH_INTS
 from accel.kernels.attention.logits import (
+    Call,
+    Grid,
+    KeySide,
+    Plane,
+    QuerySide,
     clean,
     full_at,
     full_length,
     half,
+    head_of,
     key_spans,
     load_rows,
     load_sums,
@@ -28,22 +34,10 @@ from accel.kernels.attention.logits import (
 
 
 @triton.jit(do_not_specialize=["heads", "queries", *[f"{x}_{axis}" for x in ("out", "grad") for axis in "bht"]])
-def _row_sums(
-    sums_ptr,
-    out_ptr,
-    grad_ptr,
-    out_b,
-    out_h,
-    out_t,
-    grad_b,
-    grad_h,
-    grad_t,
-    heads,
-    queries,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
+def row_sums_kernel(
+    sums_ptr, out_ptr, grad_ptr, out_b, out_h, out_t, grad_b, grad_h, grad_t, heads, queries,
+    E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
     """The sum of output · upstream gradient over each row."""
     tiles = tl.cdiv(queries, BLOCK_M)
     unit = (tl.program_id(0) // tiles).to(tl.int64)
@@ -59,44 +53,22 @@ def _row_sums(
 
 @triton.jit
 def _pull_keys(
-    grads,
-    k,
-    v,
-    query_side,
-    i0,
-    j,
-    j0,
-    head,
-    shape,
-    terms,
-    masks,
-    dropout,
-    RULE: tl.constexpr,
-    GRID: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BINARY: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    DOT: tl.constexpr,
-    PART: tl.constexpr,
-):
+    grads, k, v, query_side, i0, j, j0, head,
+    CONFIG: tl.constexpr, BLOCK_M: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     """Add what the tile of queries at ``i0`` gives to the gradients of k and v. Tiles are keys × queries."""
+    DOT: tl.constexpr = CONFIG.dot
     grad_k, grad_v = grads
-    q_ptr, q_t, grad_ptr, grad_t, lse_ptr, delta_ptr = query_side
-    queries, _ = shape
+    queries = head.call.queries
     i = i0 + tl.arange(0, BLOCK_M)
-    q = load_rows(q_ptr, i, queries, q_t, D, BLOCK_D, True, DOT)
+    q = load_rows(query_side.q, i, queries, query_side.q_step, CONFIG.d, CONFIG.block_d, True, DOT)
     raw = tl.dot(k, tl.trans(q), input_precision="ieee")
-    grad_o = load_rows(grad_ptr, i, queries, grad_t, E, BLOCK_E, True, DOT)
+    grad_o = load_rows(query_side.grad, i, queries, query_side.grad_step, CONFIG.e, CONFIG.block_e, True, DOT)
     grad_p = tl.dot(v, tl.trans(grad_o), input_precision="ieee")
-    lse, delta = load_sums(lse_ptr, delta_ptr, i, queries, BINARY)
+    lse, delta = load_sums(query_side.lse, query_side.delta, i, queries, CONFIG.binary)
     used, _grad_s, grad_raw, seen = pair_gradients(
-        raw, grad_p, lse[None, :], delta[None, :], i[None, :], j[:, None], i0, j0, head, shape, terms, masks, dropout,
-        RULE, GRID, SOFTCAP, BINARY, PART,
-    )  # fmt: skip
+        raw, grad_p, lse[None, :], delta[None, :], i[None, :], j[:, None], i0, j0, head, CONFIG, PART
+    )
     if PART:
         q, _bad = clean(q)  # whoever may see a bad one has NaN for its log-sum-exp
         grad_o, bad = clean(grad_o)
@@ -107,82 +79,21 @@ def _pull_keys(
 
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
-def _backward_keys(
-    grad_k_ptr,
-    grad_v_ptr,
-    spans_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    line_ptr,
-    table_ptr,
-    mask_ptr,
-    index_ptr,
-    rows_ptr,
-    seed_ptr,
-    grad_k_b,
-    grad_k_h,
-    grad_k_s,
-    grad_v_b,
-    grad_v_h,
-    grad_v_s,
-    grad_b,
-    grad_h,
-    grad_t,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_s,
-    v_b,
-    v_h,
-    v_s,
-    bias_b,
-    bias_h,
-    bias_t,
-    bias_s,
-    mask_b,
-    mask_h,
-    mask_t,
-    mask_s,
-    rows_b,
-    spans_b,
-    batches,
-    heads,
-    group,
-    together,
-    queries,
-    keys,
-    line_length,
-    table_rows,
-    grid_h,
-    grid_w,
-    extra,
-    threshold,
-    keep_scale,
-    scale,
-    softcap,
-    RULE: tl.constexpr,
-    GRID: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BINARY: tl.constexpr,
-    MASKED: tl.constexpr,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr,
-):
+def keys_kernel(
+    grad_k_ptr, grad_v_ptr, spans_ptr, upstream, inputs, factors,
+    grad_k_b, grad_k_h, grad_k_s, grad_v_b, grad_v_h, grad_v_s, grad_b, grad_h, grad_t,
+    q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
+    bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b, spans_b,
+    batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
     """Gradients of a tile of keys of a key head: over the group's heads and the queries that see the tile."""
-    PART_M: tl.constexpr = half(BLOCK_M)
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_D: tl.constexpr = CONFIG.block_d
+    BLOCK_E: tl.constexpr = CONFIG.block_e
+    PART_M: tl.constexpr = half(CONFIG.block_m)
+    UNIT: tl.constexpr = CONFIG.unit
     tiles = tl.cdiv(keys, BLOCK_N)
     key_heads = heads // group
     # the first tiles have most to do under a causal rule
@@ -191,42 +102,40 @@ def _backward_keys(
     batch = (unit // key_heads).to(tl.int64)
     j0 = tile * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
-    shape = (queries, keys)
-    if rows_ptr is not None:
-        rows_ptr += batch * rows_b
     if spans_ptr is not None:
         spans_ptr += batch * spans_b + tile * 8
-    k = load_rows(k_ptr + (batch * k_b + key_head * k_h) * UNIT, j, keys, k_s * UNIT, D, BLOCK_D, True, DOT)
-    v = load_rows(v_ptr + (batch * v_b + key_head * v_h) * UNIT, j, keys, v_s * UNIT, E, BLOCK_E, True, DOT)
+    k_at = inputs.k + (batch * k_b + key_head * k_h) * UNIT
+    v_at = inputs.v + (batch * v_b + key_head * v_h) * UNIT
+    k = load_rows(k_at, j, keys, k_s * UNIT, CONFIG.d, BLOCK_D, True, CONFIG.dot)
+    v = load_rows(v_at, j, keys, v_s * UNIT, CONFIG.e, BLOCK_E, True, CONFIG.dot)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    table = (table_ptr, table_rows, heads, index_ptr, (grid_h, grid_w, extra))
+    bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
+    grid = Grid(grid_h, grid_w, extra)
+    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
     for member in tl.range(0, group):
-        head = key_head * group + member
-        bias = (bias_ptr, batch * bias_b + head * bias_h, bias_t, bias_s)
-        terms = (scale, softcap, bias, (line_ptr, line_length), table)
-        masks = (mask_ptr, batch * mask_b + head * mask_h, mask_t, mask_s, rows_ptr)
-        first = (batch * heads + head) * queries
-        dropout = (seed_ptr, threshold, keep_scale, first)
-        q_at = q_ptr + (batch * q_b + head * q_h) * UNIT
-        grad_at = grad_ptr + (batch * grad_b + head * grad_h) * UNIT
-        query_side = (q_at, q_t * UNIT, grad_at, grad_t * UNIT, lse_ptr + first, delta_ptr + first)
-        spans = query_spans(j0, shape, masks, spans_ptr, RULE, BLOCK_M, BLOCK_N)
+        index = key_head * group + member
+        head = head_of(call, batch, index)
+        query_side = QuerySide(
+            q=inputs.q + (batch * q_b + index * q_h) * UNIT,
+            q_step=q_t * UNIT,
+            grad=upstream.grad + (batch * grad_b + index * grad_h) * UNIT,
+            grad_step=grad_t * UNIT,
+            lse=upstream.lse + head.first,
+            delta=upstream.delta + head.first,
+        )
+        spans = query_spans(j0, head, spans_ptr, CONFIG)
         for offset in tl.range(0, part_length(spans), PART_M, num_stages=1, disable_licm=True):
-            grad_k, grad_v = _pull_keys(
-                (grad_k, grad_v), k, v, query_side, part_at(spans, offset), j, j0, head, shape, terms, masks, dropout,
-                RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, PART_M, DOT, True,
-            )  # fmt: skip
-        if not MASKED:
+            i0 = part_at(spans, offset)
+            grad_k, grad_v = _pull_keys((grad_k, grad_v), k, v, query_side, i0, j, j0, head, CONFIG, PART_M, True)
+        if inputs.mask is None:
             for offset in tl.range(0, full_length(spans), BLOCK_M, disable_licm=True):
-                grad_k, grad_v = _pull_keys(
-                    (grad_k, grad_v), k, v, query_side, full_at(spans, offset), j, j0, head, shape, terms, masks,
-                    dropout, RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, BLOCK_M, DOT, False,
-                )  # fmt: skip
+                i0 = full_at(spans, offset)
+                grad_k, grad_v = _pull_keys((grad_k, grad_v), k, v, query_side, i0, j, j0, head, CONFIG, BLOCK_M, False)
     grad_k_at = grad_k_ptr + (batch * grad_k_b + key_head * grad_k_h) * UNIT
     grad_v_at = grad_v_ptr + (batch * grad_v_b + key_head * grad_v_h) * UNIT
-    store_rows(grad_k_at, grad_k * scale, j, keys, grad_k_s * UNIT, D, BLOCK_D)
-    store_rows(grad_v_at, grad_v, j, keys, grad_v_s * UNIT, E, BLOCK_E)
+    store_rows(grad_k_at, grad_k * factors.scale, j, keys, grad_k_s * UNIT, CONFIG.d, BLOCK_D)
+    store_rows(grad_v_at, grad_v, j, keys, grad_v_s * UNIT, CONFIG.e, BLOCK_E)
 
 
 # --- queries ---
@@ -234,153 +143,69 @@ def _backward_keys(
 
 @triton.jit
 def _pull_queries(
-    grad_q,
-    q,
-    grad_o,
-    lse,
-    delta,
-    key_side,
-    i,
-    i0,
-    j0,
-    head,
-    shape,
-    terms,
-    masks,
-    dropout,
-    RULE: tl.constexpr,
-    GRID: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BINARY: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr,
-    PART: tl.constexpr,
-):
+    grad_q, q, grad_o, lse, delta, key_side, i, i0, j0, head,
+    CONFIG: tl.constexpr, BLOCK_N: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
     """Add what the tile of keys at ``j0`` gives to the gradient of q."""
-    k_ptr, k_s, v_ptr, v_s = key_side
-    _, keys = shape
+    DOT: tl.constexpr = CONFIG.dot
+    keys = head.call.keys
     j = j0 + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, j, keys, k_s, D, BLOCK_D, PART, DOT)
+    k = load_rows(key_side.k, j, keys, key_side.k_step, CONFIG.d, CONFIG.block_d, PART, DOT)
     raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-    v = load_rows(v_ptr, j, keys, v_s, E, BLOCK_E, PART, DOT)
+    v = load_rows(key_side.v, j, keys, key_side.v_step, CONFIG.e, CONFIG.block_e, PART, DOT)
     grad_p = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
     _used, _grad_s, grad_raw, _seen = pair_gradients(
-        raw, grad_p, lse[:, None], delta[:, None], i[:, None], j[None, :], i0, j0, head, shape, terms, masks, dropout,
-        RULE, GRID, SOFTCAP, BINARY, PART,
-    )  # fmt: skip
+        raw, grad_p, lse[:, None], delta[:, None], i[:, None], j[None, :], i0, j0, head, CONFIG, PART
+    )
     if PART:
         k, _bad = clean(k)  # whoever may see a bad one has NaN for its log-sum-exp
     return tl.dot(grad_raw.to(DOT), k, grad_q, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
-def _backward_queries(
-    grad_q_ptr,
-    grad_ptr,
-    lse_ptr,
-    delta_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    line_ptr,
-    table_ptr,
-    mask_ptr,
-    index_ptr,
-    rows_ptr,
-    seed_ptr,
-    grad_q_b,
-    grad_q_h,
-    grad_q_t,
-    grad_b,
-    grad_h,
-    grad_t,
-    q_b,
-    q_h,
-    q_t,
-    k_b,
-    k_h,
-    k_s,
-    v_b,
-    v_h,
-    v_s,
-    bias_b,
-    bias_h,
-    bias_t,
-    bias_s,
-    mask_b,
-    mask_h,
-    mask_t,
-    mask_s,
-    rows_b,
-    batches,
-    heads,
-    group,
-    together,
-    queries,
-    keys,
-    line_length,
-    table_rows,
-    grid_h,
-    grid_w,
-    extra,
-    threshold,
-    keep_scale,
-    scale,
-    softcap,
-    RULE: tl.constexpr,
-    GRID: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BINARY: tl.constexpr,
-    MASKED: tl.constexpr,
-    UNIT: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    PART_N: tl.constexpr = half(BLOCK_N)
+def queries_kernel(
+    grad_q_ptr, upstream, inputs, factors,
+    grad_q_b, grad_q_h, grad_q_t, grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
+    bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
+    batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries of a head."""
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_D: tl.constexpr = CONFIG.block_d
+    PART_N: tl.constexpr = half(CONFIG.block_n)
+    UNIT: tl.constexpr = CONFIG.unit
+    DOT: tl.constexpr = CONFIG.dot
     tiles = tl.cdiv(queries, BLOCK_M)
     tile, unit = own_tile(tl.program_id(0), tiles, together, batches * heads)
     i0 = (tiles - 1 - tile) * BLOCK_M  # the last tiles have most to do under a causal rule
-    head = (unit % heads).to(tl.int64)
+    index = (unit % heads).to(tl.int64)
     batch = (unit // heads).to(tl.int64)
     i = i0 + tl.arange(0, BLOCK_M)
-    shape = (queries, keys)
-    if rows_ptr is not None:
-        rows_ptr += batch * rows_b
-    bias = (bias_ptr, batch * bias_b + head * bias_h, bias_t, bias_s)
-    table = (table_ptr, table_rows, heads, index_ptr, (grid_h, grid_w, extra))
-    terms = (scale, softcap, bias, (line_ptr, line_length), table)
-    masks = (mask_ptr, batch * mask_b + head * mask_h, mask_t, mask_s, rows_ptr)
-    first = (batch * heads + head) * queries
-    dropout = (seed_ptr, threshold, keep_scale, first)
-    k_at = k_ptr + (batch * k_b + head // group * k_h) * UNIT
-    v_at = v_ptr + (batch * v_b + head // group * v_h) * UNIT
-    key_side = (k_at, k_s * UNIT, v_at, v_s * UNIT)
-    q = load_rows(q_ptr + (batch * q_b + head * q_h) * UNIT, i, queries, q_t * UNIT, D, BLOCK_D, True, DOT)
-    grad_at = grad_ptr + (batch * grad_b + head * grad_h) * UNIT
-    grad_o = load_rows(grad_at, i, queries, grad_t * UNIT, E, BLOCK_E, True, DOT)
-    lse, delta = load_sums(lse_ptr + first, delta_ptr + first, i, queries, BINARY)
+    bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
+    grid = Grid(grid_h, grid_w, extra)
+    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
+    head = head_of(call, batch, index)
+    key_side = KeySide(
+        k=inputs.k + (batch * k_b + index // group * k_h) * UNIT,
+        k_step=k_s * UNIT,
+        v=inputs.v + (batch * v_b + index // group * v_h) * UNIT,
+        v_step=v_s * UNIT,
+    )
+    q_at = inputs.q + (batch * q_b + index * q_h) * UNIT
+    q = load_rows(q_at, i, queries, q_t * UNIT, CONFIG.d, BLOCK_D, True, DOT)
+    grad_at = upstream.grad + (batch * grad_b + index * grad_h) * UNIT
+    grad_o = load_rows(grad_at, i, queries, grad_t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
+    lse, delta = load_sums(upstream.lse + head.first, upstream.delta + head.first, i, queries, CONFIG.binary)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    spans = key_spans(i0, shape, masks, RULE, BLOCK_M, BLOCK_N)
+    spans = key_spans(i0, head, CONFIG)
     for offset in tl.range(0, part_length(spans), PART_N, num_stages=1, disable_licm=True):
-        grad_q = _pull_queries(
-            grad_q, q, grad_o, lse, delta, key_side, i, i0, part_at(spans, offset), head, shape, terms, masks, dropout,
-            RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, PART_N, DOT, True,
-        )  # fmt: skip
-    if not MASKED:
+        j0 = part_at(spans, offset)
+        grad_q = _pull_queries(grad_q, q, grad_o, lse, delta, key_side, i, i0, j0, head, CONFIG, PART_N, True)
+    if inputs.mask is None:
         for offset in tl.range(0, full_length(spans), BLOCK_N, disable_licm=True):
-            grad_q = _pull_queries(
-                grad_q, q, grad_o, lse, delta, key_side, i, i0, full_at(spans, offset), head, shape, terms, masks,
-                dropout, RULE, GRID, SOFTCAP, BINARY, D, E, BLOCK_D, BLOCK_E, BLOCK_N, DOT, False,
-            )  # fmt: skip
-    grad_q_at = grad_q_ptr + (batch * grad_q_b + head * grad_q_h) * UNIT
-    store_rows(grad_q_at, grad_q * scale, i, queries, grad_q_t * UNIT, D, BLOCK_D)
+            j0 = full_at(spans, offset)
+            grad_q = _pull_queries(grad_q, q, grad_o, lse, delta, key_side, i, i0, j0, head, CONFIG, BLOCK_N, False)
+    grad_q_at = grad_q_ptr + (batch * grad_q_b + index * grad_q_h) * UNIT
+    store_rows(grad_q_at, grad_q * factors.scale, i, queries, grad_q_t * UNIT, CONFIG.d, BLOCK_D)

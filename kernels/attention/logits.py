@@ -1,10 +1,12 @@
 """What the softmax attention kernels share: which tiles a program visits, the logits of a tile, its gradients.
 
 A tile has queries on one axis and keys on the other; helpers take both as broadcastable 2-D indices, so that they
-serve either order. What belongs together travels as a tuple, in the order in which its reader unpacks it.
+serve either order. What belongs together travels as a NamedTuple, and what is compiled in as ``CONFIG``.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,6 +16,70 @@ from accel.kernels._launch import keep_bits
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # of a query in `rows`: first0, end0, first1, end1, shift
+
+# --- a call, and one head of it ---
+
+
+class Plane(NamedTuple):
+    """A tensor over queries and keys: its steps by batch entry, head, query and key."""
+
+    b: Any
+    h: Any
+    t: Any
+    s: Any
+
+
+class Grid(NamedTuple):
+    """Height and width of the grid of tokens, and how many extra ones stand before it."""
+
+    h: Any
+    w: Any
+    extra: Any
+
+
+class Call(NamedTuple):
+    """What a kernel is given but for keys, queries and values."""
+
+    inputs: Any
+    factors: Any
+    bias: Any
+    mask: Any
+    rows_b: Any
+    heads: Any
+    queries: Any
+    keys: Any
+    line_length: Any
+    table_rows: Any
+    grid: Any
+    threshold: Any
+
+
+class Head(NamedTuple):
+    """The same for one head of a batch entry. ``first`` is the number of queries of all heads before it."""
+
+    call: Any
+    index: Any
+    first: Any
+    bias_at: Any
+    mask_at: Any
+    rows: Any
+
+
+@triton.jit
+def head_of(call, batch, index):
+    """Head ``index`` of a batch entry, both 64-bit."""
+    rows = call.inputs.rows
+    if rows is not None:
+        rows += batch * call.rows_b
+    return Head(
+        call=call,
+        index=index,
+        first=(batch * call.heads + index) * call.queries,
+        bias_at=batch * call.bias.b + index * call.bias.h,
+        mask_at=batch * call.mask.b + index * call.mask.h,
+        rows=rows,
+    )
+
 
 # --- memory ---
 
@@ -42,6 +108,26 @@ def clean(x):
     """``x`` with 0 for what is not finite, and whether a row held such: weight 0 times NaN would be NaN."""
     good = x.to(tl.float32) * 0.0 == 0.0
     return tl.where(good, x, 0.0), tl.max(tl.where(good, 0, 1), 1) > 0
+
+
+class KeySide(NamedTuple):
+    """Where the keys and values of a head begin, and the steps from row to row."""
+
+    k: Any
+    k_step: Any
+    v: Any
+    v_step: Any
+
+
+class QuerySide(NamedTuple):
+    """Where the queries of a head and what a backward pass starts from begin, and the steps from row to row."""
+
+    q: Any
+    q_step: Any
+    grad: Any
+    grad_step: Any
+    lse: Any
+    delta: Any
 
 
 # --- which program computes what ---
@@ -113,42 +199,46 @@ def extent(rows_ptr, i, queries, keys, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def key_spans(i0, shape, masks, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_spans(i0, head, CONFIG: tl.constexpr):
     """Spans of keys for the tile of queries at ``i0``."""
-    queries, keys = shape
-    mask_ptr, _, _, _, rows_ptr = masks
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    queries = head.call.queries
+    keys = head.call.keys
     zero = queries * 0
-    if RULE == "other":
+    if CONFIG.rule == "other":
         i = i0 + tl.arange(0, BLOCK_M)
-        low, high, whole_low, whole_high = extent(rows_ptr, i, queries, keys, 0)
+        low, high, whole_low, whole_high = extent(head.rows, i, queries, keys, 0)
         span0 = _in_tiles(low, high, whole_low, whole_high, BLOCK_N)
-        low, high, whole_low, whole_high = extent(rows_ptr, i, queries, keys, 2)
+        low, high, whole_low, whole_high = extent(head.rows, i, queries, keys, 2)
         spans = _apart(span0, _in_tiles(low, high, whole_low, whole_high, BLOCK_N))
     else:
         high = keys
         whole_high = keys
-        if RULE == "causal":
+        if CONFIG.rule == "causal":
             high = tl.minimum(keys, tl.minimum(i0 + BLOCK_M, queries))
             whole_high = tl.minimum(keys, i0 + 1)
         start, full, full_end, end = _in_tiles(zero, high, zero, whole_high, BLOCK_N)
         spans = (start, full, full_end, end, zero, zero, zero, zero)
-    if mask_ptr is not None:
+    if head.call.inputs.mask is not None:
         spans = all_in_part(spans)
     return spans
 
 
 @triton.jit
-def query_spans(j0, shape, masks, spans_ptr, RULE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_spans(j0, head, spans_ptr, CONFIG: tl.constexpr):
     """Spans of queries for the tile of keys at ``j0``; ``spans_ptr`` has them where only `rows` tells.
 
     All are in part for a tile that reaches past the last key.
 
     Rows past the last query need no mask: their log-sum-exp is read as +inf, which makes every weight 0.
     """
-    queries, keys = shape
-    mask_ptr, _, _, _, _ = masks
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    queries = head.call.queries
+    keys = head.call.keys
     zero = queries * 0
-    if RULE == "other":
+    if CONFIG.rule == "other":
         spans = (
             tl.load(spans_ptr),
             tl.load(spans_ptr + 1),
@@ -163,13 +253,13 @@ def query_spans(j0, shape, masks, spans_ptr, RULE: tl.constexpr, BLOCK_M: tl.con
         end = (queries + BLOCK_M - 1) // BLOCK_M * BLOCK_M
         low = zero
         whole_low = zero
-        if RULE == "causal":
+        if CONFIG.rule == "causal":
             low = j0
             whole_low = j0 + BLOCK_N - 1
         whole_low = tl.where(j0 + BLOCK_N > keys, end, whole_low)
         start, full, full_end, end = _in_tiles(low, queries, whole_low, end, BLOCK_M)
         spans = (start, full, full_end, end, zero, zero, zero, zero)
-    if mask_ptr is not None:
+    if head.call.inputs.mask is not None:
         spans = all_in_part(spans)
     return spans
 
@@ -223,68 +313,66 @@ def full_at(spans, offset):
 
 
 @triton.jit
-def visible(i, j, i0, j0, shape, masks, RULE: tl.constexpr):
+def visible(i, j, i0, j0, head, CONFIG: tl.constexpr):
     """Whether query i may see key j."""
-    queries, keys = shape
-    mask_ptr, mask_at, mask_t, mask_s, rows_ptr = masks
-    seen = (i < queries) & (j < keys)
-    if RULE == "causal":
+    queries = head.call.queries
+    seen = (i < queries) & (j < head.call.keys)
+    if CONFIG.rule == "causal":
         seen &= j <= i
-    if RULE == "other":
-        row = rows_ptr + i.to(tl.int64) * ROW_FIELDS
+    if CONFIG.rule == "other":
+        row = head.rows + i.to(tl.int64) * ROW_FIELDS
         first0 = tl.load(row, mask=i < queries, other=0)
         end0 = tl.load(row + 1, mask=i < queries, other=0)
         first1 = tl.load(row + 2, mask=i < queries, other=0)
         end1 = tl.load(row + 3, mask=i < queries, other=0)
         seen &= ((j >= first0) & (j < end0)) | ((j >= first1) & (j < end1))
-    if mask_ptr is not None:
-        corner = mask_ptr + mask_at + i0.to(tl.int64) * mask_t + j0.to(tl.int64) * mask_s
-        seen &= tl.load(corner + (i - i0) * mask_t + (j - j0) * mask_s, mask=seen, other=0) != 0
+    if head.call.inputs.mask is not None:
+        mask = head.call.mask
+        corner = head.call.inputs.mask + head.mask_at + i0.to(tl.int64) * mask.t + j0.to(tl.int64) * mask.s
+        seen &= tl.load(corner + (i - i0) * mask.t + (j - j0) * mask.s, mask=seen, other=0) != 0
     return seen
 
 
 @triton.jit
-def line_place(i, shape, rows_ptr):
+def line_place(i, head):
     """``shift_i`` of a line: a pair takes element ``shift_i − j``."""
-    queries, keys = shape
-    if rows_ptr is None:
-        place = i + keys - 1
+    if head.rows is None:
+        place = i + head.call.keys - 1
     else:
-        place = tl.load(rows_ptr + i.to(tl.int64) * ROW_FIELDS + 4, mask=i < queries, other=0)
+        place = tl.load(head.rows + i.to(tl.int64) * ROW_FIELDS + 4, mask=i < head.call.queries, other=0)
     return place
 
 
 @triton.jit
-def grid_place(token, grid_w, extra):
+def grid_place(token, grid):
     """A token's place on the grid as a number; the table's row for a pair is the difference of two, plus a constant."""
-    at = token - extra
-    return at // grid_w * (2 * grid_w - 1) + at % grid_w
+    at = token - grid.extra
+    return at // grid.w * (2 * grid.w - 1) + at % grid.w
 
 
 @triton.jit
-def grid_middle(grid_h, grid_w):
+def grid_middle(grid):
     """The table's row for a token and itself."""
-    return (grid_h - 1) * (2 * grid_w - 1) + grid_w - 1
+    return (grid.h - 1) * (2 * grid.w - 1) + grid.w - 1
 
 
 @triton.jit
-def _grid_row(i, j, grid_h, grid_w, extra):
-    last = (2 * grid_h - 1) * (2 * grid_w - 1)
-    row = grid_place(i, grid_w, extra) - grid_place(j, grid_w, extra) + grid_middle(grid_h, grid_w)
-    row = tl.where(j < extra, last + 1, row)
-    return tl.where(i < extra, tl.where(j < extra, last + 2, last), row)
+def _grid_row(i, j, grid):
+    last = (2 * grid.h - 1) * (2 * grid.w - 1)
+    row = grid_place(i, grid) - grid_place(j, grid) + grid_middle(grid)
+    row = tl.where(j < grid.extra, last + 1, row)
+    return tl.where(i < grid.extra, tl.where(j < grid.extra, last + 2, last), row)
 
 
 @triton.jit
-def table_row(i, j, i0, j0, shape, index_ptr, grid, GRID: tl.constexpr):
+def table_row(i, j, i0, j0, call, CONFIG: tl.constexpr):
     """Row of the bias table for query i and key j, from the index or in closed form. Bounded by the reader."""
-    queries, keys = shape
-    if GRID:
-        grid_h, grid_w, extra = grid
-        row = _grid_row(i, j, grid_h, grid_w, extra)
+    if CONFIG.grid:
+        row = _grid_row(i, j, call.grid)
     else:
-        corner = index_ptr + i0.to(tl.int64) * keys + j0
-        row = tl.load(corner + (i - i0) * keys + (j - j0), mask=(i < queries) & (j < keys), other=0)
+        keys = call.keys
+        corner = call.inputs.bias_index + i0.to(tl.int64) * keys + j0
+        row = tl.load(corner + (i - i0) * keys + (j - j0), mask=(i < call.queries) & (j < keys), other=0)
     return row
 
 
@@ -300,45 +388,38 @@ def _tanh(x):
 
 
 @triton.jit
-def logits(
-    raw, i, j, i0, j0, head, shape, terms, rows_ptr, GRID: tl.constexpr, SOFTCAP: tl.constexpr, BINARY: tl.constexpr
-):
+def logits(raw, i, j, i0, j0, head, CONFIG: tl.constexpr):
     """Logits from the product ``raw``, and that product capped: tanh of it, where there is a cap.
 
-    With BINARY they are in units of ln 2, which saves half precision a product an element. In fp32 the roundings
-    of that change of units would show.
+    Where ``CONFIG.binary`` they are in units of ln 2, which saves half precision a product an element. In fp32 the
+    roundings of that change of units would show.
     """
-    UNITS: tl.constexpr = LOG2_E if BINARY else 1.0
-    scale, softcap, bias, line, table = terms
-    bias_ptr, bias_at, bias_t, bias_s = bias
-    line_ptr, line_length = line
-    table_ptr, table_rows, heads, index_ptr, grid = table
-    queries, keys = shape
-    if SOFTCAP:
-        raw = _tanh(raw * (scale / softcap))
-        s = raw * (softcap * UNITS)
+    UNITS: tl.constexpr = LOG2_E if CONFIG.binary else 1.0
+    call = head.call
+    scale = call.factors.scale
+    if CONFIG.softcap:
+        raw = _tanh(raw * (scale / call.factors.softcap))
+        s = raw * (call.factors.softcap * UNITS)
     else:
         s = raw * (scale * UNITS)
-    if bias_ptr is not None:
-        corner = bias_ptr + bias_at + i0.to(tl.int64) * bias_t + j0.to(tl.int64) * bias_s
-        at = (i - i0) * bias_t + (j - j0) * bias_s
-        s += tl.load(corner + at, mask=(i < queries) & (j < keys), other=0.0).to(tl.float32) * UNITS
-    if line_ptr is not None:
-        at = tl.minimum(tl.maximum(line_place(i, shape, rows_ptr) - j, 0), line_length - 1)
-        s += tl.load(line_ptr + head.to(tl.int64) * line_length + at) * UNITS
-    if table_ptr is not None:
-        row = table_row(i, j, i0, j0, shape, index_ptr, grid, GRID)
-        row = tl.minimum(tl.maximum(row, 0), table_rows - 1)
-        s += tl.load(table_ptr + head + row * heads) * UNITS
+    if call.inputs.bias is not None:
+        corner = call.inputs.bias + head.bias_at + i0.to(tl.int64) * call.bias.t + j0.to(tl.int64) * call.bias.s
+        at = (i - i0) * call.bias.t + (j - j0) * call.bias.s
+        s += tl.load(corner + at, mask=(i < call.queries) & (j < call.keys), other=0.0).to(tl.float32) * UNITS
+    if call.inputs.line is not None:
+        at = tl.minimum(tl.maximum(line_place(i, head) - j, 0), call.line_length - 1)
+        s += tl.load(call.inputs.line + head.index.to(tl.int64) * call.line_length + at) * UNITS
+    if call.inputs.table is not None:
+        row = table_row(i, j, i0, j0, call, CONFIG)
+        row = tl.minimum(tl.maximum(row, 0), call.table_rows - 1)
+        s += tl.load(call.inputs.table + head.index + row * call.heads) * UNITS
     return s, raw
 
 
 @triton.jit
-def keep(i, j, shape, dropout):
-    """Dropout's keep bits; ``base`` is the number of queries of all heads before this one."""
-    _, keys = shape
-    seed_ptr, threshold, _, base = dropout
-    return keep_bits(seed_ptr, (base + i) * keys + j, threshold)
+def keep(i, j, head):
+    """Dropout's keep bits."""
+    return keep_bits(head.call.inputs.seed, (head.first + i) * head.call.keys + j, head.call.threshold)
 
 
 @triton.jit
@@ -361,46 +442,25 @@ def load_sums(lse_ptr, delta_ptr, i, queries, BINARY: tl.constexpr):
 
 
 @triton.jit
-def pair_gradients(
-    raw,
-    grad_p,
-    lse,
-    delta,
-    i,
-    j,
-    i0,
-    j0,
-    head,
-    shape,
-    terms,
-    masks,
-    dropout,
-    RULE: tl.constexpr,
-    GRID: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BINARY: tl.constexpr,
-    PART: tl.constexpr,
-):
+def pair_gradients(raw, grad_p, lse, delta, i, j, i0, j0, head, CONFIG: tl.constexpr, PART: tl.constexpr):
     """Weights after dropout, gradients of the logits and of the product (but for the scale), and who may see whom."""
-    _, _, _, _, rows_ptr = masks
-    seed_ptr, _, keep_scale, _ = dropout
-    queries, keys = shape
-    s, capped = logits(raw, i, j, i0, j0, head, shape, terms, rows_ptr, GRID, SOFTCAP, BINARY)
+    s, capped = logits(raw, i, j, i0, j0, head, CONFIG)
     s -= lse
-    seen = (i < queries) & (j < keys)
+    seen = (i < head.call.queries) & (j < head.call.keys)
     if PART:
-        seen = visible(i, j, i0, j0, shape, masks, RULE)
+        seen = visible(i, j, i0, j0, head, CONFIG)
         s = tl.where(seen, s, float("-inf"))
-    p = power(s, BINARY)
+    p = power(s, CONFIG.binary)
     used = p
-    if seed_ptr is not None:
-        kept = keep(i, j, shape, dropout)
+    if head.call.inputs.seed is not None:
+        keep_scale = head.call.factors.keep_scale
+        kept = keep(i, j, head)
         used = tl.where(kept, p * keep_scale, 0.0)
         grad_p = tl.where(kept, grad_p * keep_scale, 0.0)
     grad_s = p * (grad_p - delta)
     if PART:
         grad_s = tl.where(seen, grad_s, 0.0)
     grad_raw = grad_s
-    if SOFTCAP:
+    if CONFIG.softcap:
         grad_raw = grad_s * (1.0 - capped * capped)
     return used, grad_s, grad_raw, seen

@@ -2,8 +2,8 @@
 
 A program of the forward and of the dq kernel owns a tile of queries, one of the dk/dv kernel a tile of keys of a
 key head. Each visits only tiles that its rule lets it see, first those seen in part, then the full ones without masks.
-Here are their tiles and launches; the kernels stand in ``_attention_forward.py`` and ``_attention_backward.py``, and
-the gradients of biases have kernels of their own (``_attention_biases.py``).
+Here are their tiles and launches; the kernels stand in ``forward.py`` and ``backward.py``, and the gradients of biases
+have kernels of their own (``biases.py``).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels.attention import backward as backwards
-from accel.kernels.attention import biases
+from accel.kernels.attention import biases_launch as biases
 from accel.kernels.attention import forward as forwards
-from accel.kernels.attention.arguments import Tile, head_block, launch, shared
+from accel.kernels.attention.arguments import Tile, Upstream, head_block, launch, launch_call, plain, shared
 from accel.kernels.attention.spans import span_launches
 from accel.ops.attention.softmax_attention import Args, empty_like_layout
 
@@ -160,9 +160,9 @@ def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _forward_launch(out: Tensor, lse: Tensor, args: Args, capability: tuple[int, int]) -> Any:
     tile = FORWARD.of(args, capability)
     programs = lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], tile.queries)
-    return launch(
-        forwards._forward, programs, tile, **shared(args, {"out": out}), out_ptr=out, lse_ptr=lse, sinks_ptr=args.sinks
-    )
+    given = shared(args, {"out": out})
+    more = {"out_ptr": out, "lse_ptr": lse, "sinks_ptr": args.sinks, "PLAIN": plain(args)}
+    return launch_call(forwards.forward_kernel, programs, tile, args, given, **more)
 
 
 def _sums_launch(sums: Tensor, grad_out: Tensor, out: Tensor) -> Any:
@@ -172,7 +172,8 @@ def _sums_launch(sums: Tensor, grad_out: Tensor, out: Tensor) -> Any:
     tile = Tile(max(1, 2048 // head_block(size)), 16, 4, 1)
     given = {"sums_ptr": sums, "out_ptr": out, "grad_ptr": grad_out, "heads": heads, "queries": queries, "E": size}
     programs = batches * heads * triton.cdiv(queries, tile.queries)
-    return launch(backwards._row_sums, programs, tile, **given, **steps, BLOCK_E=head_block(size))
+    given.update(steps, BLOCK_E=head_block(size), BLOCK_M=tile.queries)
+    return launch(backwards.row_sums_kernel, programs, tile, **given)
 
 
 def row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
@@ -205,25 +206,24 @@ def _backward_plan(
         "grad_q_ptr": grad_q,
         "grad_k_ptr": grad_k,
         "grad_v_ptr": grad_v,
-        "grad_ptr": grad_out,
-        "lse_ptr": lse,
-        "delta_ptr": delta,
+        "upstream": Upstream(grad_out, lse, delta),
     }
     tile = KEYS.of(args, capability)
     launches, spans, spans_b = span_launches(args, tile)
     programs = k.shape[0] * k.shape[1] * triton.cdiv(k.shape[2], tile.keys)
-    launches.append(launch(backwards._backward_keys, programs, tile, **given, spans_ptr=spans, spans_b=spans_b))
+    more = {"spans_ptr": spans, "spans_b": spans_b}
+    launches.append(launch_call(backwards.keys_kernel, programs, tile, args, given, **more))
     tile = QUERIES.of(args, capability)
     programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tile.queries)
-    launches.append(launch(backwards._backward_queries, programs, tile, **given))
+    launches.append(launch_call(backwards.queries_kernel, programs, tile, args, given))
     parts: list[Tensor | None] = []
     for wanted, x, plan in zip(
         needs, (args.bias, args.line, args.table), (biases.plan_bias, biases.plan_line, biases.plan_table), strict=True
     ):
         part = None
         if wanted and x is not None:
-            more, part = plan(args, given, capability)
-            launches.append(more)
+            step, part = plan(args, given, capability)
+            launches.append(step)
         parts.append(part)
     return _Backward(launches, (grad_q, grad_k, grad_v), (parts[0], parts[1], parts[2]))
 

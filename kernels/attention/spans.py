@@ -18,7 +18,7 @@ from accel.ops.attention.softmax_attention import Args
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
-def _query_extents(extents_ptr, rows_ptr, queries, keys, BLOCK_M: tl.constexpr):
+def query_extents_kernel(extents_ptr, rows_ptr, queries, keys, BLOCK_M: tl.constexpr):
     """Of each tile of queries: the hull of both intervals, and what all of their rows contain; ``(rows, 8, tiles)``."""
     tiles = tl.cdiv(queries, BLOCK_M)
     tile = tl.program_id(0) % tiles
@@ -68,7 +68,7 @@ def _last(extents_ptr, tiles, j0, j1):
 
 
 @triton.jit(do_not_specialize=["queries", "keys"])
-def _query_spans(spans_ptr, extents_ptr, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_spans_kernel(spans_ptr, extents_ptr, queries, keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Spans of queries for each tile of keys: the first run of tiles that meet it, and the rest from the next one on.
 
     In a tile that reaches past the last key none is full.
@@ -109,8 +109,9 @@ def span_launches(args: Args, tile: Tile) -> tuple[list[Any], Tensor | None, int
     spans = rows.new_empty((batches, key_tiles, 8))
     small = Tile(tile.queries, tile.keys, 4, 1)
     given = {"extents_ptr": extents, "rows_ptr": rows, "spans_ptr": spans, "queries": queries, "keys": keys}
+    given.update(BLOCK_M=tile.queries, BLOCK_N=tile.keys)
     launches = [
-        launch(_query_extents, batches * query_tiles, small, **given),
-        launch(_query_spans, batches * key_tiles, small, **given),
+        launch(query_extents_kernel, batches * query_tiles, small, **given),
+        launch(query_spans_kernel, batches * key_tiles, small, **given),
     ]
     return launches, spans, 8 * key_tiles if batches > 1 else 0

@@ -19,7 +19,7 @@ from _attention_cases import GRADIENTS, WHOLE, by_name
 import accel
 from accel import Grid2D, testing
 from accel.kernels import _launch
-from accel.kernels.attention import biases
+from accel.kernels.attention import biases_launch as biases
 from accel.kernels.attention import softmax_attention as kernels
 from accel.ops.attention.softmax_attention import Args, _prepare, reference
 from accel.testing import assert_close
