@@ -7,14 +7,104 @@ other.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from accel.kernels._launch import keep_bits
 
 NORM_EPS: tl.constexpr = tl.constexpr(1e-12)
 INTS = ["size_z", "size_y", "size_x", "num_heads", "windows", "per_program", "threshold"]
 """Integers on whose values no kernel is specialised."""
+
+# --- a call ---
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call but for its bias, None for what it lacks. ``fill`` is what padded tokens hold."""
+
+    qkv: Tensor
+    head_scale: Tensor | None
+    fill: Tensor | None
+    seed: Tensor | None
+
+
+class Bias(NamedTuple):
+    """Where the bias comes from: a table, a dense tensor, or nothing."""
+
+    table: Tensor | None
+    dense: Tensor | None
+
+
+class Upstream(NamedTuple):
+    """The tensors that a backward pass starts from, and two that its first kernel writes where windows go in blocks."""
+
+    grad_out: Tensor
+    lse: Tensor
+    delta: Tensor | None
+    inverse_total: Tensor | None
+
+
+class Factors(NamedTuple):
+    """The numbers of a call."""
+
+    scale: float
+    mask_value: float
+    keep_scale: float
+
+
+@dataclass(frozen=True)
+class Window:
+    """The tokens of a window along each axis."""
+
+    z: int
+    y: int
+    x: int
+
+    @property
+    def tokens(self) -> int:
+        return self.z * self.y * self.x
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a kernel is compiled for; all of it is known at compile time."""
+
+    window: Window
+    shift_z: int
+    shift_y: int
+    shift_x: int
+    roll_first: bool
+    d: int
+    block_d: int
+    block: int  # tokens of a tile
+    dot: tl.dtype
+
+    @property
+    def tokens(self) -> int:
+        return self.window.tokens
+
+    @property
+    def shifted(self) -> bool:
+        return self.shift_z + self.shift_y + self.shift_x > 0
+
+
+class Sizes(NamedTuple):
+    """Of the map of tokens."""
+
+    z: Any
+    y: Any
+    x: Any
+
+
+class Dropout(NamedTuple):
+    seed: Any
+    threshold: Any
+    keep_scale: Any
+
 
 # --- addressing ---
 
@@ -35,57 +125,43 @@ def _source(at, size, WINDOW: tl.constexpr, SHIFT: tl.constexpr, ROLL_FIRST: tl.
 
 
 @triton.jit
-def locate(
-    window,
-    token,
-    size_z,
-    size_y,
-    size_x,
-    WZ: tl.constexpr,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    SZ: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-):
+def locate(window, token, sizes, CONFIG: tl.constexpr):
     """Memory row (int64) of each token of a window of the batch, and whether the token is in the map."""
-    count_x = tl.cdiv(size_x, WX)
-    count_y = tl.cdiv(size_y, WY)
-    count_z = tl.cdiv(size_z, WZ)
+    WZ: tl.constexpr = CONFIG.window.z
+    WY: tl.constexpr = CONFIG.window.y
+    WX: tl.constexpr = CONFIG.window.x
+    FIRST: tl.constexpr = CONFIG.roll_first
+    count_x = tl.cdiv(sizes.x, WX)
+    count_y = tl.cdiv(sizes.y, WY)
+    count_z = tl.cdiv(sizes.z, WZ)
     rest = window // count_x
-    x, real_x = _source(window % count_x * WX + token % WX, size_x, WX, SX, ROLL_FIRST)
-    y, real_y = _source(rest % count_y * WY + token // WX % WY, size_y, WY, SY, ROLL_FIRST)
+    x, real_x = _source(window % count_x * WX + token % WX, sizes.x, WX, CONFIG.shift_x, FIRST)
+    y, real_y = _source(rest % count_y * WY + token // WX % WY, sizes.y, WY, CONFIG.shift_y, FIRST)
     rest = rest // count_y
-    z, real_z = _source(rest % count_z * WZ + token // (WY * WX), size_z, WZ, SZ, ROLL_FIRST)
+    z, real_z = _source(rest % count_z * WZ + token // (WY * WX), sizes.z, WZ, CONFIG.shift_z, FIRST)
     batch = (rest // count_z).to(tl.int64)
-    row = ((batch * size_z + z) * size_y + y) * size_x + x
+    row = ((batch * sizes.z + z) * sizes.y + y) * sizes.x + x
     return row, real_z & real_y & real_x & (token < WZ * WY * WX)
 
 
 @triton.jit
-def rolled_round(
-    token,
-    WZ: tl.constexpr,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    SZ: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-):
+def rolled_round(token, CONFIG: tl.constexpr):
     """A bit per axis: in the axis' last window, this token came round from the near end of the map."""
-    z = (token // (WY * WX) >= WZ - SZ).to(tl.int32)
-    y = (token // WX % WY >= WY - SY).to(tl.int32)
-    x = (token % WX >= WX - SX).to(tl.int32)
+    WZ: tl.constexpr = CONFIG.window.z
+    WY: tl.constexpr = CONFIG.window.y
+    WX: tl.constexpr = CONFIG.window.x
+    z = (token // (WY * WX) >= WZ - CONFIG.shift_z).to(tl.int32)
+    y = (token // WX % WY >= WY - CONFIG.shift_y).to(tl.int32)
+    x = (token % WX >= WX - CONFIG.shift_x).to(tl.int32)
     return z * 4 + y * 2 + x
 
 
 @triton.jit
-def last_windows(window, size_z, size_y, size_x, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr):
+def last_windows(window, sizes, CONFIG: tl.constexpr):
     """A bit per axis: the window is the last one along it, the only place where regions meet."""
-    count_x = tl.cdiv(size_x, WX)
-    count_y = tl.cdiv(size_y, WY)
-    count_z = tl.cdiv(size_z, WZ)
+    count_x = tl.cdiv(sizes.x, CONFIG.window.x)
+    count_y = tl.cdiv(sizes.y, CONFIG.window.y)
+    count_z = tl.cdiv(sizes.z, CONFIG.window.z)
     z = (window // (count_x * count_y) % count_z == count_z - 1).to(tl.int32)
     y = (window // count_x % count_y == count_y - 1).to(tl.int32)
     x = (window % count_x == count_x - 1).to(tl.int32)
@@ -93,20 +169,22 @@ def last_windows(window, size_z, size_y, size_x, WZ: tl.constexpr, WY: tl.conste
 
 
 @triton.jit
-def load_rows(ptr, row, real, stride, channel, fill_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr):
-    """``(tokens, BLOCK_D)`` in DOT: D channels from ``channel`` on of each row, padded tokens from ``fill_ptr``."""
-    d = tl.arange(0, BLOCK_D)
+def load_rows(ptr, row, real, stride, channel, fill_ptr, CONFIG: tl.constexpr):
+    """A head's channels, from ``channel`` on, of each row, for products; of padded tokens those at ``fill_ptr``."""
+    D: tl.constexpr = CONFIG.d
+    d = tl.arange(0, CONFIG.block_d)
     at = row[:, None] * stride + channel + d[None, :]
     x = tl.load(ptr + at, mask=real[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     if fill_ptr is not None:
         fill = tl.load(fill_ptr + channel + d, mask=d < D, other=0.0).to(tl.float32)
         x = tl.where(real[:, None], x, fill[None, :])
-    return x.to(DOT)
+    return x.to(CONFIG.dot)
 
 
 @triton.jit
-def store_rows(ptr, x, row, real, stride, channel, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
+def store_rows(ptr, x, row, real, stride, channel, CONFIG: tl.constexpr):
+    D: tl.constexpr = CONFIG.d
+    d = tl.arange(0, CONFIG.block_d)
     at = row[:, None] * stride + channel + d[None, :]
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
 
@@ -115,26 +193,28 @@ def store_rows(ptr, x, row, real, stride, channel, D: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def _table_row(token, WY: tl.constexpr, WX: tl.constexpr):
+def _table_row(token, WINDOW: tl.constexpr):
     """The row of the bias table for a pair is linear in both tokens: ``row(i) - row(j) + row(last)``."""
+    WY: tl.constexpr = WINDOW.y
+    WX: tl.constexpr = WINDOW.x
     return (token // (WY * WX) * (2 * WY - 1) + token // WX % WY) * (2 * WX - 1) + token % WX
 
 
 @triton.jit
-def load_bias(table_ptr, bias_ptr, head, num_heads, i, j, WZ: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr):
+def load_bias(bias, head, num_heads, i, j, WINDOW: tl.constexpr):
     """Bias of queries i and keys j, fp32, with -inf for keys past the window."""
-    N: tl.constexpr = WZ * WY * WX
+    N: tl.constexpr = WINDOW.tokens
     inside = (i < N)[:, None] & (j < N)[None, :]
     tile = tl.where(inside, 0.0, 0.0)
-    if table_ptr is not None:
+    if bias.table is not None:
         # 32 bits, which why_not makes sure of: 64-bit offsets of a whole tile would take a hundred registers
-        at_i = (_table_row(i, WY, WX) + _table_row(N - 1, WY, WX)) * num_heads + head
-        at_j = _table_row(j, WY, WX) * num_heads
+        at_i = (_table_row(i, WINDOW) + _table_row(N - 1, WINDOW)) * num_heads + head
+        at_j = _table_row(j, WINDOW) * num_heads
         at = at_i[:, None] - at_j[None, :]
-        tile = tl.load(table_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if bias_ptr is not None:
+        tile = tl.load(bias.table + at, mask=inside, other=0.0).to(tl.float32)
+    if bias.dense is not None:
         at = (head.to(tl.int64) * N + i[:, None]) * N + j[None, :]
-        tile = tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tile = tl.load(bias.dense + at, mask=inside, other=0.0).to(tl.float32)
     return tl.where((j < N)[None, :], tile, float("-inf"))
 
 
@@ -159,19 +239,7 @@ def unnormalize(grad, x, inverse, above):
 
 
 @triton.jit
-def logits(
-    q,
-    k,
-    inverse_q,
-    inverse_k,
-    tile,
-    factor,
-    round_i,
-    round_j,
-    last,
-    mask_value,
-    MASKED: tl.constexpr,
-):
+def logits(q, k, inverse_q, inverse_k, tile, factor, round_i, round_j, last, factors, CONFIG: tl.constexpr):
     """Logits of queries i and keys j. ``tile`` is the bias, -inf for keys past the window; the inverse norms are None
     but for cosine attention, and are applied to the fp32 product: unit vectors rounded to half would cost too much.
 
@@ -181,9 +249,9 @@ def logits(
     if inverse_q is not None:
         s = s * inverse_q[:, None] * inverse_k[None, :]
     s = s * factor + tile
-    if MASKED:
+    if CONFIG.shifted:
         apart = (round_i & last)[:, None] != (round_j & last)[None, :]
-        s += tl.where(apart, mask_value, 0.0)
+        s += tl.where(apart, factors.mask_value, 0.0)
     return s
 
 
@@ -198,10 +266,10 @@ def rounding(x, DOT: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(seed_ptr, threshold, window, head, num_heads, i, j, N: tl.constexpr):
+def keep_tile(dropout, window, head, num_heads, i, j, N: tl.constexpr):
     """Dropout's keep bits of a tile of ``(B, windows, H, N, N)``; ``window`` counts through the batch."""
     position = ((window.to(tl.int64) * num_heads + head) * N + i[:, None]) * N + j[None, :]
-    return keep_bits(seed_ptr, position, threshold)
+    return keep_bits(dropout.seed, position, dropout.threshold)
 
 
 @triton.jit
@@ -215,25 +283,12 @@ def invert_total(total):
 
 
 @triton.jit
-def drop(
-    p,
-    v,
-    grad_o,
-    seed_ptr,
-    threshold,
-    keep_scale,
-    window,
-    head,
-    num_heads,
-    i,
-    j,
-    N: tl.constexpr,
-):
+def drop(p, v, grad_o, dropout, window, head, num_heads, i, j, N: tl.constexpr):
     """The weights after dropout, and the gradient of those before it."""
     used = p
     grad_p = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-    if seed_ptr is not None:
-        keep = keep_tile(seed_ptr, threshold, window, head, num_heads, i, j, N)
-        used = tl.where(keep, p * keep_scale, 0.0)
-        grad_p = tl.where(keep, grad_p * keep_scale, 0.0)
+    if dropout.seed is not None:
+        keep = keep_tile(dropout, window, head, num_heads, i, j, N)
+        used = tl.where(keep, p * dropout.keep_scale, 0.0)
+        grad_p = tl.where(keep, grad_p * dropout.keep_scale, 0.0)
     return used, grad_p

@@ -12,6 +12,8 @@ import triton.language as tl
 
 from accel.kernels.windows.logits import (
     INTS,
+    Dropout,
+    Sizes,
     drop,
     inverse_norm,
     invert_total,
@@ -29,138 +31,88 @@ from accel.kernels.windows.logits import (
 
 
 @triton.jit(do_not_specialize=INTS)
-def _forward_tile(
-    out_ptr,
-    lse_ptr,
-    qkv_ptr,
-    table_ptr,
-    bias_ptr,
-    head_scale_ptr,
-    fill_ptr,
-    seed_ptr,
-    size_z,
-    size_y,
-    size_x,
-    num_heads,
-    windows,
-    per_program,
-    threshold,
-    keep_scale,
-    scale,
-    mask_value,
-    WZ: tl.constexpr,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    SZ: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    N: tl.constexpr = WZ * WY * WX
+def forward_tile_kernel(
+    out_ptr, lse_ptr, inputs, bias, factors,
+    size_z, size_y, size_x, num_heads, windows, per_program, threshold,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of ``per_program`` windows of a head."""
+    N: tl.constexpr = CONFIG.tokens
+    D: tl.constexpr = CONFIG.d
+    WINDOW: tl.constexpr = CONFIG.window
+    BLOCK: tl.constexpr = CONFIG.block
+    DOT: tl.constexpr = CONFIG.dot
+    sizes = Sizes(size_z, size_y, size_x)
+    dropout = Dropout(inputs.seed, threshold, factors.keep_scale)
     head = tl.program_id(0) % num_heads  # heads side by side, so that rows of neighbouring heads share cache lines
     first = tl.program_id(0) // num_heads * per_program
     C = num_heads * D
     i = tl.arange(0, BLOCK)
-    came_round = rolled_round(i, WZ, WY, WX, SZ, SY, SX)
-    tile = load_bias(table_ptr, bias_ptr, head, num_heads, i, i, WZ, WY, WX)
-    factor = scale
-    if head_scale_ptr is not None:
-        factor = tl.load(head_scale_ptr + head).to(tl.float32)
+    came_round = rolled_round(i, CONFIG)
+    tile = load_bias(bias, head, num_heads, i, i, WINDOW)
+    factor = factors.scale
+    if inputs.head_scale is not None:
+        factor = tl.load(inputs.head_scale + head).to(tl.float32)
     count = tl.minimum(per_program, windows - first)
     for step in tl.range(0, count, disable_licm=True):  # hoisted shared-memory addresses would crowd the registers
         window = first + step
-        row, real = locate(window, i, size_z, size_y, size_x, WZ, WY, WX, SZ, SY, SX, ROLL_FIRST)
-        q = load_rows(qkv_ptr, row, real, 3 * C, head * D, fill_ptr, D, BLOCK_D, DOT)
-        k = load_rows(qkv_ptr, row, real, 3 * C, C + head * D, fill_ptr, D, BLOCK_D, DOT)
-        v = load_rows(qkv_ptr, row, real, 3 * C, 2 * C + head * D, fill_ptr, D, BLOCK_D, DOT)
+        row, real = locate(window, i, sizes, CONFIG)
+        q = load_rows(inputs.qkv, row, real, 3 * C, head * D, inputs.fill, CONFIG)
+        k = load_rows(inputs.qkv, row, real, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(inputs.qkv, row, real, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         inverse_q = None
         inverse_k = None
-        if head_scale_ptr is not None:
+        if inputs.head_scale is not None:
             inverse_q, _ = inverse_norm(q)
             inverse_k, _ = inverse_norm(k)
-        last = last_windows(window, size_z, size_y, size_x, WZ, WY, WX)
-        s = logits(q, k, inverse_q, inverse_k, tile, factor, came_round, came_round, last, mask_value, SZ + SY + SX > 0)
+        last = last_windows(window, sizes, CONFIG)
+        s = logits(q, k, inverse_q, inverse_k, tile, factor, came_round, came_round, last, factors, CONFIG)
         top = tl.max(s, 1)
         p = tl.exp(s - top[:, None])
         total = tl.sum(p, 1)
         lse = top + tl.log(total)
         tl.store(lse_ptr + (window.to(tl.int64) * num_heads + head) * N + i, lse, mask=i < N)
-        if seed_ptr is not None:
-            keep = keep_tile(seed_ptr, threshold, window, head, num_heads, i, i, N)
-            p = tl.where(keep, p * keep_scale, 0.0)
+        if inputs.seed is not None:
+            keep = keep_tile(dropout, window, head, num_heads, i, i, N)
+            p = tl.where(keep, p * factors.keep_scale, 0.0)
         o = tl.dot(p.to(DOT), v, input_precision="ieee") / total[:, None]
-        store_rows(out_ptr, o, row, real, C, head * D, D, BLOCK_D)
+        store_rows(out_ptr, o, row, real, C, head * D, CONFIG)
 
 
 @triton.jit(do_not_specialize=["num_heads"])
-def _expand_bias(
-    tile_ptr,
-    table_ptr,
-    bias_ptr,
-    num_heads,
-    WZ: tl.constexpr,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def expand_bias_kernel(tile_ptr, bias, num_heads, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
     """Sixteen rows of a head's bias tile, fp32, -inf for keys past the window."""
     head = tl.program_id(0) % num_heads
     i = tl.program_id(0) // num_heads * 16 + tl.arange(0, 16)
     j = tl.arange(0, BLOCK)
-    tile = load_bias(table_ptr, bias_ptr, head, num_heads, i, j, WZ, WY, WX)
+    tile = load_bias(bias, head, num_heads, i, j, WINDOW)
     tl.store(tile_ptr + (head.to(tl.int64) * BLOCK + i[:, None]) * BLOCK + j[None, :], tile)
 
 
 @triton.jit(do_not_specialize=INTS)
-def _backward_tile(
-    grad_qkv_ptr,
-    bias_part_ptr,
-    head_part_ptr,
-    fill_part_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    qkv_ptr,
-    tile_ptr,
-    head_scale_ptr,
-    fill_ptr,
-    seed_ptr,
-    size_z,
-    size_y,
-    size_x,
-    num_heads,
-    windows,
-    per_program,
-    threshold,
-    keep_scale,
-    scale,
-    mask_value,
-    WZ: tl.constexpr,
-    WY: tl.constexpr,
-    WX: tl.constexpr,
-    SZ: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    N: tl.constexpr = WZ * WY * WX
+def backward_tile_kernel(
+    grad_qkv_ptr, bias_part_ptr, head_part_ptr, fill_part_ptr, tile_ptr, upstream, inputs, factors,
+    size_z, size_y, size_x, num_heads, windows, per_program, threshold,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
+    """Gradients of qkv of as many windows, and their sum of the small gradients."""
+    N: tl.constexpr = CONFIG.tokens
+    D: tl.constexpr = CONFIG.d
+    BLOCK: tl.constexpr = CONFIG.block
+    BLOCK_D: tl.constexpr = CONFIG.block_d
+    DOT: tl.constexpr = CONFIG.dot
+    sizes = Sizes(size_z, size_y, size_x)
+    dropout = Dropout(inputs.seed, threshold, factors.keep_scale)
     head = tl.program_id(0) % num_heads
     part = tl.program_id(0) // num_heads
     first = part * per_program
     C = num_heads * D
     i = tl.arange(0, BLOCK)
-    came_round = rolled_round(i, WZ, WY, WX, SZ, SY, SX)
+    came_round = rolled_round(i, CONFIG)
     d = tl.arange(0, BLOCK_D)
-    factor = scale
-    if head_scale_ptr is not None:
-        factor = tl.load(head_scale_ptr + head).to(tl.float32)
+    factor = factors.scale
+    if inputs.head_scale is not None:
+        factor = tl.load(inputs.head_scale + head).to(tl.float32)
     grad_bias = tl.zeros((BLOCK, BLOCK), tl.float32)
     grad_head = tl.zeros((BLOCK,), tl.float32)
     grad_fill_k = tl.zeros((BLOCK_D,), tl.float32)
@@ -168,16 +120,16 @@ def _backward_tile(
     count = tl.minimum(per_program, windows - first)
     for step in tl.range(0, count, disable_licm=True):  # hoisted shared-memory addresses would crowd the registers
         window = first + step
-        row, real = locate(window, i, size_z, size_y, size_x, WZ, WY, WX, SZ, SY, SX, ROLL_FIRST)
-        q = load_rows(qkv_ptr, row, real, 3 * C, head * D, fill_ptr, D, BLOCK_D, DOT)
-        k = load_rows(qkv_ptr, row, real, 3 * C, C + head * D, fill_ptr, D, BLOCK_D, DOT)
-        v = load_rows(qkv_ptr, row, real, 3 * C, 2 * C + head * D, fill_ptr, D, BLOCK_D, DOT)
-        grad_o = load_rows(grad_out_ptr, row, real, C, head * D, None, D, BLOCK_D, DOT)
+        row, real = locate(window, i, sizes, CONFIG)
+        q = load_rows(inputs.qkv, row, real, 3 * C, head * D, inputs.fill, CONFIG)
+        k = load_rows(inputs.qkv, row, real, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(inputs.qkv, row, real, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        grad_o = load_rows(upstream.grad_out, row, real, C, head * D, None, CONFIG)
         # +inf gives rows past the window weight 0, where 0 could give inf · 0
-        lse = tl.load(lse_ptr + (window.to(tl.int64) * num_heads + head) * N + i, mask=i < N, other=float("inf"))
+        lse = tl.load(upstream.lse + (window.to(tl.int64) * num_heads + head) * N + i, mask=i < N, other=float("inf"))
         inverse_q = None
         inverse_k = None
-        if head_scale_ptr is not None:
+        if inputs.head_scale is not None:
             inverse_q, above_q = inverse_norm(q)
             inverse_k, above_k = inverse_norm(k)
         if tile_ptr is not None:
@@ -185,17 +137,17 @@ def _backward_tile(
             tile = tl.load(tile_ptr + head.to(tl.int64) * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :])
         else:
             tile = tl.where((i < N)[None, :], tl.zeros((BLOCK, BLOCK), tl.float32), float("-inf"))
-        last = last_windows(window, size_z, size_y, size_x, WZ, WY, WX)
-        s = logits(q, k, inverse_q, inverse_k, tile, factor, came_round, came_round, last, mask_value, SZ + SY + SX > 0)
+        last = last_windows(window, sizes, CONFIG)
+        s = logits(q, k, inverse_q, inverse_k, tile, factor, came_round, came_round, last, factors, CONFIG)
         p = tl.exp(s - lse[:, None])
         p *= invert_total(tl.sum(p, 1))[:, None]
-        used, grad_p = drop(p, v, grad_o, seed_ptr, threshold, keep_scale, window, head, num_heads, i, i, N)
+        used, grad_p = drop(p, v, grad_o, dropout, window, head, num_heads, i, i, N)
         grad_v = tl.dot(tl.trans(used.to(DOT)), grad_o, input_precision="ieee")
-        store_rows(grad_qkv_ptr, grad_v, row, real, 3 * C, 2 * C + head * D, D, BLOCK_D)
+        store_rows(grad_qkv_ptr, grad_v, row, real, 3 * C, 2 * C + head * D, CONFIG)
         grad_s = p * (grad_p - tl.sum(p * grad_p, 1)[:, None])
         if bias_part_ptr is not None:
             grad_bias += grad_s
-        if head_scale_ptr is not None:
+        if inputs.head_scale is not None:
             scaled = grad_s * inverse_k[None, :]
             grad_q = tl.dot(scaled.to(DOT), k, input_precision="ieee")
             if head_part_ptr is not None:
@@ -212,8 +164,8 @@ def _backward_tile(
             grad_s = grad_s.to(DOT)
             grad_q = tl.dot(grad_s, k, input_precision="ieee") * factor
             grad_k = tl.dot(tl.trans(grad_s), q, input_precision="ieee") * factor
-        store_rows(grad_qkv_ptr, grad_q, row, real, 3 * C, head * D, D, BLOCK_D)
-        store_rows(grad_qkv_ptr, grad_k, row, real, 3 * C, C + head * D, D, BLOCK_D)
+        store_rows(grad_qkv_ptr, grad_q, row, real, 3 * C, head * D, CONFIG)
+        store_rows(grad_qkv_ptr, grad_k, row, real, 3 * C, C + head * D, CONFIG)
         if fill_part_ptr is not None:
             # rows past the window have weight 0, and so gradients 0
             grad_fill_k += tl.sum(tl.where(real[:, None], 0.0, grad_k), 0)

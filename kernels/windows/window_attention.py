@@ -3,7 +3,7 @@
 Windows of at most 64 tokens are one tile (``whole.py``): a program keeps its head and walks over several
 windows, summing small gradients in registers. Larger ones go in blocks (``blocks.py``): online softmax forward,
 three backward kernels, so that every sum has one owner and a fixed order. ``tiles.py`` says which, and both find
-their tokens and compute their logits by ``_window_tiles.py``.
+their tokens and compute their logits by ``logits.py``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels._launch import Launch, launch
 from accel.kernels.windows import blocks, whole
+from accel.kernels.windows.logits import Bias, Config, Factors, Inputs, Upstream, Window
 from accel.kernels.windows.tiles import backward_tile, bias_tile, forward_tile
+from accel.ops.windows.window_attention import Args
 
 MAX_TOKENS = 32768  # a query's and a key's offset in the dense bias of one head fit 32 bits
 
@@ -42,10 +44,11 @@ class _Shape(NamedTuple):
     padded: bool
 
 
-def _shape(qkv: Tensor, num_heads: int, window: list[int]) -> _Shape:
+def _shape(args: Any) -> _Shape:
+    qkv, window = args.qkv, args.window
     counts = [-(-qkv.shape[i + 1] // window[i]) for i in range(3)]
     return _Shape(
-        head_dim=qkv.shape[-1] // (3 * num_heads),
+        head_dim=qkv.shape[-1] // (3 * args.num_heads),
         tokens=math.prod(window),
         windows=qkv.shape[0] * math.prod(counts),
         padded=[counts[i] * window[i] for i in range(3)] != list(qkv.shape[1:4]),
@@ -61,7 +64,7 @@ def why_not(args: Any) -> str | None:
     reason = why_not_gpu(qkv, _launch.INTERPRETING)
     if reason is not None:
         return reason
-    shape = _shape(qkv, args.num_heads, args.window)
+    shape = _shape(args)
     if shape.tokens > MAX_TOKENS:
         return f"it takes windows of at most {MAX_TOKENS} tokens, not {shape.tokens} ({args.window})"
     rows = math.prod([2 * size - 1 for size in args.window])
@@ -73,71 +76,60 @@ def why_not(args: Any) -> str | None:
     return None
 
 
-def _shared(
-    qkv: Tensor,
-    bias_table: Tensor | None,
-    bias: Tensor | None,
-    head_scale: Tensor | None,
-    qkv_bias: Tensor | None,
-    seed: Tensor | None,
-    num_heads: int,
-    window: list[int],
-    shift: list[int],
-    scale: float,
-    roll_first: bool,
-    mask_value: float,
-    dropout_p: float,
-) -> dict[str, Any]:
-    """The arguments that all kernels of a call have in common, but for the tile."""
-    shape = _shape(qkv, num_heads, window)
+def _shared(args: Args) -> dict[str, Any]:
+    """The arguments that all kernels of a call have in common, but for what is compiled in."""
+    shape = _shape(args)
     return {
-        "qkv_ptr": qkv,
-        "table_ptr": bias_table,
-        "bias_ptr": bias,
-        "head_scale_ptr": head_scale,
-        "fill_ptr": qkv_bias if shape.padded else None,
-        "seed_ptr": seed if dropout_p > 0.0 else None,
-        "size_z": qkv.shape[1],
-        "size_y": qkv.shape[2],
-        "size_x": qkv.shape[3],
-        "num_heads": num_heads,
+        "inputs": Inputs(
+            qkv=args.qkv,
+            head_scale=args.head_scale,
+            fill=args.qkv_bias if shape.padded else None,
+            seed=args.seed if args.dropout_p > 0.0 else None,
+        ),
+        "bias": Bias(args.bias_table, args.bias),
+        "factors": Factors(args.scale, args.mask_value, keep_scale=1.0 / (1.0 - args.dropout_p)),
+        "size_z": args.qkv.shape[1],
+        "size_y": args.qkv.shape[2],
+        "size_x": args.qkv.shape[3],
+        "num_heads": args.num_heads,
         "windows": shape.windows,
-        "threshold": int(dropout_p * 2.0**32),
-        "keep_scale": 1.0 / (1.0 - dropout_p),
-        "scale": scale,
-        "mask_value": mask_value,
-        "WZ": window[0],
-        "WY": window[1],
-        "WX": window[2],
-        "SZ": shift[0],
-        "SY": shift[1],
-        "SX": shift[2],
-        "ROLL_FIRST": roll_first,
-        "D": shape.head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(shape.head_dim)),
-        "DOT": _launch.dot_dtype(qkv.dtype),
+        "threshold": int(args.dropout_p * 2.0**32),
     }
 
 
-def _forward_launch(out: Tensor, lse: Tensor, qkv: Tensor, *rest: Any) -> Launch:
-    head_scale, num_heads, window, dropout_p = rest[2], rest[5], rest[6], rest[11]
-    shape = _shape(qkv, num_heads, window)
+def _config(args: Args, block: int) -> Config:
+    head_dim = _shape(args).head_dim
+    return Config(
+        window=Window(*args.window),
+        shift_z=args.shift[0],
+        shift_y=args.shift[1],
+        shift_x=args.shift[2],
+        roll_first=args.roll_first,
+        d=head_dim,
+        block_d=max(16, triton.next_power_of_2(head_dim)),
+        block=block,
+        dot=_launch.dot_dtype(args.qkv.dtype),
+    )
+
+
+def _forward_launch(out: Tensor, lse: Tensor, args: Args) -> Launch:
+    shape = _shape(args)
     tile = forward_tile(
         shape.tokens,
         shape.head_dim,
-        qkv.element_size(),
-        cosine=head_scale is not None,
-        dropout=dropout_p > 0.0,
-        deep=window[0] > 1,
+        args.qkv.element_size(),
+        cosine=args.head_scale is not None,
+        dropout=args.dropout_p > 0.0,
+        deep=args.window[0] > 1,
     )
-    shared = {**_shared(qkv, *rest), "out_ptr": out, "lse_ptr": lse, "BLOCK": tile.block}
+    given = {**_shared(args), "out_ptr": out, "lse_ptr": lse, "CONFIG": _config(args, tile.block)}
     if not tile.whole:
-        programs = shape.windows * num_heads * triton.cdiv(shape.tokens, tile.block)
-        return launch(blocks._forward_blocks, programs, tile.warps, **shared)
+        programs = shape.windows * args.num_heads * triton.cdiv(shape.tokens, tile.block)
+        return launch(blocks.forward_blocks_kernel, programs, tile.warps, **given)
     # A bias tile is read once a program: for up to 16 windows, fewer where that would leave the GPU idle.
-    per_program = min(16, max(1, shape.windows * num_heads // FORWARD_PROGRAMS))
-    programs = triton.cdiv(shape.windows, per_program) * num_heads
-    return launch(whole._forward_tile, programs, tile.warps, per_program=per_program, **shared)
+    per_program = min(16, max(1, shape.windows * args.num_heads // FORWARD_PROGRAMS))
+    programs = triton.cdiv(shape.windows, per_program) * args.num_heads
+    return launch(whole.forward_tile_kernel, programs, tile.warps, per_program=per_program, **given)
 
 
 def _windows_per_part(shape: _Shape, num_heads: int, itemsize: int, programs_per_part: int, need_bias: bool) -> int:
@@ -171,21 +163,21 @@ class _Backward:
     fill_parts: Tensor | None  # (parts, 2, C): of k and v, as nobody reads what a padded token's q gives
 
 
-def _backward_plan(grad_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> _Backward:
-    bias_table, bias, head_scale, qkv_bias, _, num_heads, window, *_, dropout_p, needs = rest
-    shape = _shape(qkv, num_heads, window)
+def _backward_plan(grad_out: Tensor, lse: Tensor, args: Args, needs: list[bool]) -> _Backward:
+    qkv, num_heads, shape = args.qkv, args.num_heads, _shape(args)
     tile = backward_tile(
         shape.tokens,
         shape.head_dim,
         qkv.element_size(),
-        cosine=head_scale is not None,
-        dropout=dropout_p > 0.0,
+        cosine=args.head_scale is not None,
+        dropout=args.dropout_p > 0.0,
         padded=shape.padded,
     )
     cuts = triton.cdiv(shape.tokens, tile.block)
     tile_of_bias = tile if tile.whole else bias_tile(shape.tokens, shape.head_dim, qkv.element_size())
     tiles_of_bias = triton.cdiv(shape.tokens, tile_of_bias.block) ** 2
-    need_bias = (bias_table is not None and needs[0]) or (bias is not None and needs[1])
+    has_bias = args.bias_table is not None or args.bias is not None
+    need_bias = (args.bias_table is not None and needs[0]) or (args.bias is not None and needs[1])
     per_program = _windows_per_part(shape, num_heads, qkv.element_size(), num_heads * tiles_of_bias, need_bias)
     parts = triton.cdiv(shape.windows, per_program)
     owners = parts if tile.whole else shape.windows * cuts  # programs of a head that add to the smallest gradients
@@ -195,69 +187,70 @@ def _backward_plan(grad_out: Tensor, qkv: Tensor, lse: Tensor, *rest: Any) -> _B
 
     grad_qkv = torch.empty_like(qkv, dtype=_launch.store_dtype(qkv.dtype))
     bias_parts = part(need_bias, parts, num_heads, shape.tokens, shape.tokens)
-    head_parts = part(head_scale is not None and needs[2], owners, num_heads)
-    fill_parts = part(qkv_bias is not None and needs[3] and shape.padded, owners, 2, qkv.shape[-1] // 3)
-    tile_bias = part(tile.whole and (bias_table is not None or bias is not None), num_heads, tile.block, tile.block)
+    head_parts = part(args.head_scale is not None and needs[2], owners, num_heads)
+    fill_parts = part(args.qkv_bias is not None and needs[3] and shape.padded, owners, 2, qkv.shape[-1] // 3)
+    tile_bias = part(tile.whole and has_bias, num_heads, tile.block, tile.block)
     arguments = {
-        **_shared(qkv, *rest[:-1]),
-        "grad_out_ptr": grad_out,
-        "lse_ptr": lse,
-        "delta_ptr": None if tile.whole else torch.empty_like(lse),
-        "inverse_total_ptr": None if tile.whole else torch.empty_like(lse),
+        **_shared(args),
+        "upstream": Upstream(
+            grad_out=grad_out,
+            lse=lse,
+            delta=None if tile.whole else torch.empty_like(lse),
+            inverse_total=None if tile.whole else torch.empty_like(lse),
+        ),
         "tile_ptr": tile_bias,
         "grad_qkv_ptr": grad_qkv,
         "bias_part_ptr": bias_parts,
         "head_part_ptr": head_parts,
         "fill_part_ptr": fill_parts,
         "per_program": per_program,
-        "BLOCK": tile.block,
+        "CONFIG": _config(args, tile.block),
     }
     launches = []
     if tile_bias is not None:
-        launches.append(launch(whole._expand_bias, num_heads * (tile.block // 16), 4, **arguments))
+        given = {**arguments, "WINDOW": Window(*args.window), "BLOCK": tile.block}
+        launches.append(launch(whole.expand_bias_kernel, num_heads * (tile.block // 16), 4, **given))
     if tile.whole:
-        launches.append(launch(whole._backward_tile, owners * num_heads, tile.warps, **arguments))
+        launches.append(launch(whole.backward_tile_kernel, owners * num_heads, tile.warps, **arguments))
         return _Backward(launches, grad_qkv, bias_parts, head_parts, fill_parts)
-    launches.append(launch(blocks._backward_queries, owners * num_heads, tile.warps, **arguments))
-    launches.append(launch(blocks._backward_keys, owners * num_heads, tile.warps, **arguments))
+    launches.append(launch(blocks.queries_kernel, owners * num_heads, tile.warps, **arguments))
+    launches.append(launch(blocks.keys_kernel, owners * num_heads, tile.warps, **arguments))
     if need_bias:
-        arguments["BLOCK"] = tile_of_bias.block
-        launches.append(
-            launch(blocks._backward_bias, parts * tiles_of_bias * num_heads, tile_of_bias.warps, **arguments)
-        )
+        arguments["CONFIG"] = _config(args, tile_of_bias.block)
+        programs = parts * tiles_of_bias * num_heads
+        launches.append(launch(blocks.bias_kernel, programs, tile_of_bias.warps, **arguments))
     return _Backward(launches, grad_qkv, bias_parts, head_parts, fill_parts)
 
 
 def _table_launch(grad_table: Tensor, grad_bias: Tensor, window: list[int]) -> Launch:
     num_heads, rows = grad_bias.shape[0], 16
     return launch(
-        blocks._reduce_table,
+        blocks.reduce_table_kernel,
         triton.cdiv(grad_table.shape[0], rows) * num_heads,
         4,
         grad_table_ptr=grad_table,
         grad_bias_ptr=grad_bias,
         num_heads=num_heads,
-        WZ=window[0],
-        WY=window[1],
-        WX=window[2],
+        WINDOW=Window(*window),
         ROWS=rows,
         BLOCK=64,
     )
 
 
-def _results(qkv: Tensor, num_heads: int, window: list[int]) -> tuple[Tensor, Tensor]:
+def _results(args: Args) -> tuple[Tensor, Tensor]:
     """Empty out and lse."""
-    shape = _shape(qkv, num_heads, window)
+    qkv, shape = args.qkv, _shape(args)
     out = qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3), dtype=_launch.store_dtype(qkv.dtype))
-    return out, qkv.new_empty((shape.windows, num_heads, shape.tokens), dtype=torch.float32)
+    return out, qkv.new_empty((shape.windows, args.num_heads, shape.tokens), dtype=torch.float32)
 
 
-def forward(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; arguments as ``accel.ops.windows.window_attention.reference``."""
-    out, lse = _results(qkv, rest[5], rest[6])
-    with _launch.device_of(qkv):
-        _forward_launch(out, lse, qkv, *rest).run()
-    return out.to(qkv.dtype), lse
+def forward(*args: Any) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; arguments are the fields of ``accel.ops.windows.window_attention.Args``."""
+    given = Args(*args)
+    out, lse = _results(given)
+    with _launch.device_of(given.qkv):
+        _forward_launch(out, lse, given).run()
+    return out.to(given.qkv.dtype), lse
 
 
 def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -265,23 +258,24 @@ def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any
 
     ``out`` is rounded and so not what the gradients start from; it is recomputed.
     """
-    bias_table, bias, _, qkv_bias, _, _, window, *_, needs = rest
+    *args, needs = rest
+    given = Args(qkv, *args)
     grad_table, grad_bias, grad_head, grad_fill = (lse.new_empty(0) for _ in range(4))
     with _launch.device_of(qkv):
-        plan = _backward_plan(grad_out, qkv, lse, *rest)
+        plan = _backward_plan(grad_out, lse, given, needs)
         for step in plan.launches:
             step.run()
         if plan.bias_parts is not None:
             dense = plan.bias_parts.sum(0)
-            if bias is not None:
+            if given.bias_table is None:
                 grad_bias = dense
             else:
-                grad_table = lse.new_empty(bias_table.shape)
-                _table_launch(grad_table, dense, window).run()
+                grad_table = lse.new_empty(given.bias_table.shape)
+                _table_launch(grad_table, dense, given.window).run()
         if plan.head_parts is not None:
             grad_head = plan.head_parts.sum(0)
-        if qkv_bias is not None and needs[3]:
-            grad_fill = lse.new_zeros(qkv_bias.shape)  # its q third and, without padding, all of it stay zero
+        if given.qkv_bias is not None and needs[3]:
+            grad_fill = lse.new_zeros(given.qkv_bias.shape)  # its q third and, without padding, all of it stay zero
             if plan.fill_parts is not None:
                 grad_fill.view(3, -1)[1:] = plan.fill_parts.sum(0)
     return plan.grad_qkv.to(qkv.dtype), grad_table, grad_bias, grad_head, grad_fill
@@ -358,24 +352,24 @@ def _cases(
     rows = math.prod(2 * w - 1 for w in window)
     channels = heads * head_dim
     qkv = empty(64, *(8 * w - int(fill) for w in window), 3 * channels, dtype=dtype)
-    rest = [
-        None if dense else empty(rows, heads),
-        empty(heads, tokens, tokens) if dense else None,
-        empty(heads) if cosine else None,
-        empty(3 * channels) if fill else None,
-        empty(1, dtype=torch.int64) if dropout else None,
-        heads,
-        window,
-        [w // 2 if shift else 0 for w in window],
-        head_dim**-0.5,
-        roll_first,
-        -100.0,
-        0.1 if dropout else 0.0,
-    ]
-    out, lse = _results(qkv, heads, window)
-    yield _forward_launch(out, lse, qkv, *rest).case(name)
-    plan = _backward_plan(out, qkv, lse, *rest, [True] * 4)
-    for step in plan.launches:
+    args = Args(
+        qkv=qkv,
+        bias_table=None if dense else empty(rows, heads),
+        bias=empty(heads, tokens, tokens) if dense else None,
+        head_scale=empty(heads) if cosine else None,
+        qkv_bias=empty(3 * channels) if fill else None,
+        seed=empty(1, dtype=torch.int64) if dropout else None,
+        num_heads=heads,
+        window=window,
+        shift=[w // 2 if shift else 0 for w in window],
+        scale=head_dim**-0.5,
+        roll_first=roll_first,
+        mask_value=-100.0,
+        dropout_p=0.1 if dropout else 0.0,
+    )
+    out, lse = _results(args)
+    yield _forward_launch(out, lse, args).case(name)
+    for step in _backward_plan(out, lse, args, [True] * 4).launches:
         yield step.case(name)
     if not dense:
         yield _table_launch(empty(rows, heads), empty(heads, tokens, tokens), window).case(name)

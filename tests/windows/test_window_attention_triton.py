@@ -165,14 +165,17 @@ def test_cases_reach_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     reached = set()
     for case in CASES:
         args = case.args()
-        out, lse = kernels._results(args.qkv, args.num_heads, args.window)
-        launches = [kernels._forward_launch(out, lse, *args)]
-        launches += kernels._backward_plan(out, args.qkv, lse, *args[1:], [True] * 4).launches
-        reached |= {(launch.kernel.__name__, launch.arguments["BLOCK"]) for launch in launches}
-    block_kernels = {"_forward_blocks", "_backward_queries", "_backward_keys", "_backward_bias"}
+        out, lse = kernels._results(args)
+        launches = [kernels._forward_launch(out, lse, args)]
+        launches += kernels._backward_plan(out, lse, args, [True] * 4).launches
+        for launch in launches:
+            given = launch.arguments
+            reached.add((launch.kernel.__name__, given["CONFIG"].block if "CONFIG" in given else given["BLOCK"]))
+    block_kernels = {"forward_blocks_kernel", "queries_kernel", "keys_kernel", "bias_kernel"}
     wanted = {(name, block) for name in block_kernels for block in (16, 32)}
-    wanted |= {(name, 64) for name in block_kernels - {"_backward_bias"}}
-    wanted |= {(name, block) for name in ("_forward_tile", "_expand_bias", "_backward_tile") for block in (16, 32, 64)}
+    wanted |= {(name, 64) for name in block_kernels - {"bias_kernel"}}
+    tile_kernels = {"forward_tile_kernel", "expand_bias_kernel", "backward_tile_kernel"}
+    wanted |= {(name, block) for name in tile_kernels for block in (16, 32, 64)}
     assert reached == wanted
 
 
@@ -212,9 +215,9 @@ def test_vectors_below_the_norm_bound(exponent: int) -> None:
 def test_programs_walk_over_windows_with_a_remainder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FORWARD_PROGRAMS", 3)
     args = Case("", BF16, (1, 13, 33), (7, 7), 1, 32, shift=(3, 3), fill=True).args()
-    out, lse = kernels._results(args.qkv, args.num_heads, args.window)
-    forward = kernels._forward_launch(out, lse, *args)
-    plan = kernels._backward_plan(out, args.qkv, lse, *args[1:], [True] * 4)
+    out, lse = kernels._results(args)
+    forward = kernels._forward_launch(out, lse, args)
+    plan = kernels._backward_plan(out, lse, args, [True] * 4)
     for launch in (forward, plan.launches[-1]):
         assert launch.arguments["windows"] == 10
         assert 1 < launch.arguments["per_program"] < 10
