@@ -2,8 +2,10 @@
 
 ``python -m accel.testing.compile_gate``: each leaf, ``kernels/<family>/<op>.py``, yields its configurations from
 ``compile_cases()``. Each is compiled offline, and the gate fails with names where registers spill or shared memory is
-more than the architecture has. Results are kept in a private cache folder by the hash of what they depend on, so that
-an unchanged kernel costs nothing the next time.
+more than the architecture has. For the newest generation only the heaviest case of each kernel is compiled: the one
+that took the most stack, registers and shared memory on the others. ``--all`` compiles every case for it too. Results
+are kept in a private cache folder by the hash of what they depend on, so that an unchanged kernel costs nothing the
+next time.
 
 It needs a process without ``TRITON_INTERPRET=1``, which replaces the compiler by the interpreter.
 """
@@ -11,6 +13,8 @@ It needs a process without ``TRITON_INTERPRET=1``, which replaces the compiler b
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import importlib
 import json
@@ -20,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ import accel  # noqa: F401  registers the ops
 from accel import dispatch
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+NEWEST = 100
 STACK_LIMIT = 32
 # of a block; what compiles for sm_80 also runs on sm_86 and sm_89 (RTX 30 and 40), which have less than the A100
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -97,7 +102,9 @@ def _sources(op: str) -> bytes:
 
 
 def _key(sources: bytes, case: Any, architecture: int) -> str:
-    data = (case.name, case.signature, case.constexprs, case.attributes, case.options, case.spill, architecture)
+    # Triton's own hash of the device code: it knows the constants that come from elsewhere, an op's limits for instance
+    code = (case.name, case.kernel.cache_key)
+    data = (*code, case.signature, case.constexprs, case.attributes, case.options, case.spill, architecture)
     return hashlib.sha256(sources + repr(data).encode()).hexdigest()
 
 
@@ -135,40 +142,77 @@ def compile_case(case: Any, architecture: int) -> Result:
         return Result(case.name, architecture, 0, 0, 0, seconds, f"{type(error).__name__}: {error}")
 
 
+Job = tuple[str, int, int]
+"""An op, the position of a case in its list, and the architecture."""
+
 _loaded: dict[str, list[Any]] = {}
 
 
-def _work(job: tuple[str, int, int]) -> Result:
+def _work(job: Job) -> Result:
     """In a worker: the case is found by position, because kernels do not travel between processes."""
-    stem, position, architecture = job
-    if stem not in _loaded:
-        _loaded[stem] = cases(stem)
-    return compile_case(_loaded[stem][position], architecture)
+    op, position, architecture = job
+    if op not in _loaded:
+        _loaded[op] = cases(op)
+    return compile_case(_loaded[op][position], architecture)
 
 
-def run(stems: list[str], jobs: int, only: str = "") -> Iterator[Result]:
-    """Results of all cases of the kernel files whose name contains ``only``, as they become known."""
+def _results(jobs: list[Job], compile_all: Callable[[list[Job]], Iterable[Result]]) -> Iterator[tuple[Job, Result]]:
+    """The result of each job, those that are kept first."""
     folder = _folder()
-    todo: dict[tuple[str, int, int], Path] = {}
-    for stem in stems:
-        sources = _sources(stem)
-        for position, case in enumerate(cases(stem)):
+    todo: dict[Job, Path] = {}
+    sources = {op: _sources(op) for op in {op for op, _, _ in jobs}}
+    for job in jobs:
+        op, position, architecture = job
+        kept = folder / f"{_key(sources[op], _loaded[op][position], architecture)}.json"
+        if kept.exists():
+            yield job, Result(**json.loads(kept.read_text()))
+        else:
+            todo[job] = kept
+    for (job, kept), result in zip(todo.items(), compile_all(list(todo)), strict=True):
+        if not result.error:  # an error may be this machine's, a full disk for instance
+            part = kept.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(asdict(result)))
+            part.replace(kept)
+        yield job, result
+
+
+def _heaviest(found: dict[Job, Result], jobs: list[Job]) -> list[Job]:
+    """Of each op's and kernel's jobs the one whose case took the most on the architectures that were compiled."""
+    most: dict[tuple[str, int], tuple[int, int, int]] = {}
+    for (op, position, _), result in found.items():
+        took = (result.stack, result.registers, result.shared)
+        most[op, position] = max(took, most.get((op, position), took))
+    best: dict[tuple[str, str], Job] = {}
+    for job in jobs:
+        op, position, _ = job
+        kernel = op, _loaded[op][position].kernel.__name__
+        if kernel not in best or most[op, position] > most[best[kernel][:2]]:
+            best[kernel] = job
+    return list(best.values())
+
+
+def run(ops: list[str], processes: int, only: str = "", everything: bool = False) -> Iterator[Result]:
+    """Results of the cases of these ops whose name contains ``only``, as they become known.
+
+    With ``everything`` all of them for NEWEST too, else only the heaviest of each kernel.
+    """
+    first: list[Job] = []
+    newest: list[Job] = []
+    for op in ops:
+        _loaded[op] = cases(op)
+        for position, case in enumerate(_loaded[op]):
             for architecture in case.architectures:
-                if only not in case.name:
-                    continue
-                kept = folder / f"{_key(sources, case, architecture)}.json"
-                if kept.exists():
-                    yield Result(**json.loads(kept.read_text()))
-                else:
-                    todo[stem, position, architecture] = kept
-    if not todo:
-        return
-    with ProcessPoolExecutor(max_workers=min(jobs, len(todo))) as pool:
-        for result, kept in zip(pool.map(_work, todo), todo.values(), strict=True):
-            if not result.error:  # an error may be this machine's, a full disk for instance
-                part = kept.with_suffix(f".{os.getpid()}")
-                part.write_text(json.dumps(asdict(result)))
-                part.replace(kept)
+                if only in case.name:
+                    (newest if architecture == NEWEST else first).append((op, position, architecture))
+    with contextlib.ExitStack() as stack:
+        compile_all: Callable[[list[Job]], Iterable[Result]] = functools.partial(map, _work)
+        if processes > 1:
+            compile_all = functools.partial(stack.enter_context(ProcessPoolExecutor(processes)).map, _work)
+        found: dict[Job, Result] = {}
+        for job, result in _results(first, compile_all):
+            found[job] = result
+            yield result
+        for _, result in _results(newest if everything else _heaviest(found, newest), compile_all):
             yield result
 
 
@@ -177,7 +221,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("kernels", nargs="*", help="ops; all if none")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--all", action="store_true", help=f"every case for sm_{NEWEST} too, not only the heaviest")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores if none")
     chosen = parser.parse_args(argv)
     unknown = sorted(set(chosen.kernels) - set(leaves()))
     if unknown:
@@ -189,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:  # not Triton's own cache, whose contents it does not check
         os.environ["TRITON_CACHE_DIR"] = scratch
         results = []
-        for result in run(chosen.kernels or list(leaves()), chosen.jobs, chosen.only):
+        for result in run(chosen.kernels or list(leaves()), chosen.jobs, chosen.only, chosen.all):
             results.append(result)
             verdict = result.problem() or "ok"
             print(
