@@ -1,7 +1,7 @@
 """The backward kernels of deformable convolution.
 
 Channels come in segments, the largest runs that lie in one offset group and in one weight group. Units are pairs of an
-image and an offset group. All tensors of channels are read channels-last; the weight is packed as ``(K, C/g, O)``.
+image and an offset group. All tensors of channels are read channels-last.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from accel.kernels.deformable.conv_taps import INTS, Step, load_shift, load_weight, tap_at
 from accel.kernels.deformable.sampling import (
     cell_of,
     corners,
@@ -21,81 +22,32 @@ from accel.kernels.deformable.sampling import (
     store_records,
 )
 
-INTS = [
-    *["height", "width", "out_height", "out_width", "stride_y", "stride_x", "padding_y", "padding_x"],
-    *["dilation_y", "dilation_x", "unit0", "samples", "tiles", "tiles_per_part"],
-]
-"""Integers on whose values no kernel is specialised; channels and taps are compile-time constants."""
-
-
-@triton.jit
-def tap_at(tap, i, j, step, KW: tl.constexpr):
-    """Where a tap of outputs (i, j) stands before it is shifted, fp32."""
-    stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x = step
-    y = i * stride_y - padding_y + tap // KW * dilation_y
-    x = j * stride_x - padding_x + tap % KW * dilation_x
-    return y.to(tl.float32), x.to(tl.float32)
-
-
-@triton.jit
-def load_shift(offset_ptr, mask_ptr, index, outputs, p, real):
-    """Shift in y, in x, and mask (1 if there is none) at outputs ``p`` of tap ``index`` of ``(N, G, K)``."""
-    at = index.to(tl.int64) * outputs
-    y = tl.load(offset_ptr + 2 * at + p, mask=real, other=0.0)
-    x = tl.load(offset_ptr + 2 * at + outputs + p, mask=real, other=0.0)
-    factor = tl.where(real, 1.0, 1.0)
-    if mask_ptr is not None:
-        factor = tl.load(mask_ptr + at + p, mask=real, other=0.0)
-    return y, x, factor
-
-
-@triton.jit
-def load_weight(weight_ptr, tap, row, column, C_PER_GROUP: tl.constexpr, OUT: tl.constexpr, some):
-    """A tile of the packed weight: ``row`` and ``column`` are 2-D, one of them channels, in this order."""
-    at = weight_ptr + ((tap * C_PER_GROUP + row).to(tl.int64) * OUT + column)
-    return tl.load(at, mask=some, other=None if some is None else 0.0).to(tl.float32)
-
 
 @triton.jit(do_not_specialize=INTS)
-def _grad_shifts(
-    grad_offset_ptr,
-    grad_mask_ptr,
-    grad_out_ptr,
-    input_ptr,
-    offset_ptr,
-    mask_ptr,
-    weight_ptr,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OFFSET_GROUPS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    DOT: tl.constexpr,
-):
+def shifts_kernel(
+    grad_offset_ptr, grad_mask_ptr, grad_out_ptr, inputs,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
     """Gradients of offset and mask: a program owns a tap, an offset group and a tile of outputs. The gradient of the
     samples, upstream gradient times weight, is made block by block and summed over channels at once."""
-    TAPS: tl.constexpr = KH * KW
-    C_PER_GROUP: tl.constexpr = C // GROUPS
-    O_PER_GROUP: tl.constexpr = OUT // GROUPS
-    C_SHARED: tl.constexpr = C // OFFSET_GROUPS
-    EDGE_C: tl.constexpr = SEGMENT % BLOCK_C != 0
-    EDGE_O: tl.constexpr = O_PER_GROUP % BLOCK_O != 0
+    TAPS: tl.constexpr = CONFIG.taps
+    C: tl.constexpr = CONFIG.channels
+    OUT: tl.constexpr = CONFIG.out_channels
+    OFFSET_GROUPS: tl.constexpr = CONFIG.offset_groups
+    SEGMENT: tl.constexpr = CONFIG.segment
+    C_PER_GROUP: tl.constexpr = CONFIG.c_per_group
+    O_PER_GROUP: tl.constexpr = CONFIG.o_per_group
+    C_SHARED: tl.constexpr = CONFIG.c_shared
+    C_BLOCKS: tl.constexpr = CONFIG.c_blocks
+    KW: tl.constexpr = CONFIG.kw
+    TILE_H: tl.constexpr = CONFIG.tile_h
+    TILE_W: tl.constexpr = CONFIG.tile_w
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    BLOCK_O: tl.constexpr = CONFIG.block_o
+    EDGE_C: tl.constexpr = CONFIG.edge_c
+    EDGE_O: tl.constexpr = CONFIG.edge_o
+    DOT: tl.constexpr = CONFIG.dot
     program = tl.program_id(0)
     tap = program % TAPS
     offset_group = program // TAPS % OFFSET_GROUPS
@@ -103,19 +55,19 @@ def _grad_shifts(
     outputs = out_height.to(tl.int64) * out_width
     p = i.to(tl.int64) * out_width + j
     index = (n * OFFSET_GROUPS + offset_group) * TAPS + tap
-    shift_y, shift_x, factor = load_shift(offset_ptr, mask_ptr, index, outputs, p, real)
-    step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
+    shift_y, shift_x, factor = load_shift(inputs.offset, inputs.mask, index, outputs, p, real)
+    step = Step(stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     y, x = tap_at(tap, i, j, step, KW)
     at, inside, dy, dx, near = corners(y + shift_y, x + shift_x, real, height, width)
     at *= C
-    image_ptr = input_ptr + n * height * width * C
+    image_ptr = inputs.input + n * height * width * C
     down = width * C
     row = grad_out_ptr + (n * outputs + p) * OUT
     zero = tl.where(real, 0.0, 0.0)
     a, b, c, d = zero, zero, zero, zero
-    for block in range(C_SHARED // SEGMENT * tl.cdiv(SEGMENT, BLOCK_C)):
-        within = block % tl.cdiv(SEGMENT, BLOCK_C) * BLOCK_C + tl.arange(0, BLOCK_C)
-        first = offset_group * C_SHARED + block // tl.cdiv(SEGMENT, BLOCK_C) * SEGMENT
+    for block in range(C_SHARED // SEGMENT * C_BLOCKS):
+        within = block % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
+        first = offset_group * C_SHARED + block // C_BLOCKS * SEGMENT
         group = first // C_PER_GROUP
         in_range = None
         if EDGE_C:
@@ -133,7 +85,7 @@ def _grad_shifts(
             o += group * O_PER_GROUP
             upstream = tl.load(row[:, None] + o[None, :], mask=o_real, other=0.0).to(tl.float32)
             channel = (first % C_PER_GROUP + within)[None, :]
-            kernel = load_weight(weight_ptr, tap, channel, o[:, None], C_PER_GROUP, OUT, some)
+            kernel = load_weight(inputs.weight, tap, channel, o[:, None], C_PER_GROUP, OUT, some)
             grad = tl.dot(upstream.to(DOT), kernel.to(DOT), grad, input_precision="ieee")
         pixels = load_corners(image_ptr, at, inside, C, down, first + within, in_range)
         more_a, more_b, more_c, more_d = moments(grad, pixels)
@@ -150,47 +102,32 @@ def _grad_shifts(
 
 
 @triton.jit(do_not_specialize=INTS)
-def _grad_weight(
-    parts_ptr,
-    grad_out_ptr,
-    input_ptr,
-    offset_ptr,
-    mask_ptr,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    tiles,
-    tiles_per_part,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OFFSET_GROUPS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    DOT: tl.constexpr,
-):
+def weight_kernel(
+    parts_ptr, grad_out_ptr, inputs,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
+    tiles, tiles_per_part,
+    CONFIG: tl.constexpr,
+):  # fmt: skip
     """A part of the weight's gradient: a program owns a tap, a block of channels and one of outputs channels, and sums
     over consecutive tiles of outputs. ``parts`` is (parts, K, O, C/g), summed afterwards."""
-    TAPS: tl.constexpr = KH * KW
-    C_PER_GROUP: tl.constexpr = C // GROUPS
-    O_PER_GROUP: tl.constexpr = OUT // GROUPS
-    C_SHARED: tl.constexpr = C // OFFSET_GROUPS
-    O_BLOCKS: tl.constexpr = (O_PER_GROUP + BLOCK_O - 1) // BLOCK_O
-    C_BLOCKS: tl.constexpr = (SEGMENT + BLOCK_C - 1) // BLOCK_C
-    EDGE_C: tl.constexpr = SEGMENT % BLOCK_C != 0
-    EDGE_O: tl.constexpr = O_PER_GROUP % BLOCK_O != 0
+    TAPS: tl.constexpr = CONFIG.taps
+    C: tl.constexpr = CONFIG.channels
+    OUT: tl.constexpr = CONFIG.out_channels
+    OFFSET_GROUPS: tl.constexpr = CONFIG.offset_groups
+    SEGMENT: tl.constexpr = CONFIG.segment
+    C_PER_GROUP: tl.constexpr = CONFIG.c_per_group
+    O_PER_GROUP: tl.constexpr = CONFIG.o_per_group
+    C_SHARED: tl.constexpr = CONFIG.c_shared
+    C_BLOCKS: tl.constexpr = CONFIG.c_blocks
+    O_BLOCKS: tl.constexpr = CONFIG.o_blocks
+    KW: tl.constexpr = CONFIG.kw
+    TILE_H: tl.constexpr = CONFIG.tile_h
+    TILE_W: tl.constexpr = CONFIG.tile_w
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    BLOCK_O: tl.constexpr = CONFIG.block_o
+    EDGE_C: tl.constexpr = CONFIG.edge_c
+    EDGE_O: tl.constexpr = CONFIG.edge_o
+    DOT: tl.constexpr = CONFIG.dot
     program = tl.program_id(0)
     o = program % O_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
     rest = program // O_BLOCKS
@@ -209,18 +146,18 @@ def _grad_weight(
     o += group * O_PER_GROUP
     outputs = out_height.to(tl.int64) * out_width
     down = width * C
-    step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
+    step = Step(stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     acc = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
     start = (part * tiles_per_part).to(tl.int32)
     for tile in range(start, tl.minimum(start + tiles_per_part, tiles)):
         n, i, j, real = output_tile(tile, out_height, out_width, TILE_H, TILE_W)
         p = i.to(tl.int64) * out_width + j
         index = (n * OFFSET_GROUPS + offset_group) * TAPS + tap
-        shift_y, shift_x, factor = load_shift(offset_ptr, mask_ptr, index, outputs, p, real)
+        shift_y, shift_x, factor = load_shift(inputs.offset, inputs.mask, index, outputs, p, real)
         y, x = tap_at(tap, i, j, step, KW)
         at, inside, dy, dx, _ = corners(y + shift_y, x + shift_x, real, height, width)
         at *= C
-        image_ptr = input_ptr + n * height * width * C
+        image_ptr = inputs.input + n * height * width * C
         sample = mean(load_corners(image_ptr, at, inside, C, down, first + within, in_range), dy, dx, factor)
         upstream_at = ((i * out_width + j) * OUT)[:, None] + o[None, :]
         upstream_real = real[:, None]
@@ -233,24 +170,12 @@ def _grad_weight(
 
 
 @triton.jit(do_not_specialize=INTS)
-def _sample_keys(
-    keys_ptr,
-    offset_ptr,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
+def sample_keys_kernel(
+    keys_ptr, offset_ptr,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
     unit0,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The key of every sample of the units from ``unit0`` on, in the order (unit, tap, output)."""
     outputs = out_height.to(tl.int64) * out_width
     blocks = tl.cdiv(outputs, BLOCK)
@@ -260,7 +185,7 @@ def _sample_keys(
     real = p < outputs
     index = unit0.to(tl.int64) * (KH * KW) + segment
     shift_y, shift_x, _ = load_shift(offset_ptr, None, index, outputs, p, real)
-    step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
+    step = Step(stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     y, x = tap_at((segment % (KH * KW)).to(tl.int32), p // out_width, p % out_width, step, KW)
     cells = (height + 1) * (width + 1)
     cell, near = cell_of(y + shift_y, x + shift_x, height, width)
@@ -269,28 +194,12 @@ def _sample_keys(
 
 
 @triton.jit(do_not_specialize=INTS)
-def _sample_records(
-    row_ptr,
-    record_ptr,
-    order_ptr,
-    offset_ptr,
-    mask_ptr,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    unit0,
-    samples,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def sample_records_kernel(
+    row_ptr, record_ptr, order_ptr, offset_ptr, mask_ptr,
+    height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
+    unit0, samples,
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The record of every sample in sorted order."""
     outputs = out_height.to(tl.int64) * out_width
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -300,51 +209,40 @@ def _sample_records(
     p = sample - segment * outputs
     index = unit0.to(tl.int64) * (KH * KW) + segment
     shift_y, shift_x, factor = load_shift(offset_ptr, mask_ptr, index, outputs, p, real)
-    step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
+    step = Step(stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     y, x = tap_at((segment % (KH * KW)).to(tl.int32), p // out_width, p % out_width, step, KW)
     store_records(row_ptr, record_ptr, e, p, y + shift_y, x + shift_x, factor, real, height, width)
 
 
 @triton.jit(do_not_specialize=INTS)
-def _grad_input(
-    grad_input_ptr,
-    grad_out_ptr,
-    weight_ptr,
-    row_ptr,
-    record_ptr,
-    starts_ptr,
-    height,
-    width,
-    out_height,
-    out_width,
-    unit0,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OFFSET_GROUPS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    LAST: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    DOT: tl.constexpr,
-):
+def input_kernel(
+    grad_input_ptr, grad_out_ptr, weight_ptr, row_ptr, record_ptr, starts_ptr,
+    height, width, out_height, out_width, unit0,
+    CONFIG: tl.constexpr, LAST: tl.constexpr,
+):  # fmt: skip
     """Gradient of the input: a program owns a tile of pixels and a block of channels of one image.
 
     For each tap, every pixel sums the upstream gradient of the samples that reach it, times its weight in them: a tile
     (pixels, output channels), which the weight of the tap turns into one of input channels. Nothing of the size of
     samples times channels is stored.
     """
-    TAPS: tl.constexpr = KH * KW
-    C_PER_GROUP: tl.constexpr = C // GROUPS
-    O_PER_GROUP: tl.constexpr = OUT // GROUPS
-    C_SHARED: tl.constexpr = C // OFFSET_GROUPS
-    C_BLOCKS: tl.constexpr = (SEGMENT + BLOCK_C - 1) // BLOCK_C
-    EDGE_C: tl.constexpr = SEGMENT % BLOCK_C != 0
-    EDGE_O: tl.constexpr = O_PER_GROUP % BLOCK_O != 0
+    TAPS: tl.constexpr = CONFIG.taps
+    C: tl.constexpr = CONFIG.channels
+    OUT: tl.constexpr = CONFIG.out_channels
+    OFFSET_GROUPS: tl.constexpr = CONFIG.offset_groups
+    SEGMENT: tl.constexpr = CONFIG.segment
+    C_PER_GROUP: tl.constexpr = CONFIG.c_per_group
+    O_PER_GROUP: tl.constexpr = CONFIG.o_per_group
+    C_SHARED: tl.constexpr = CONFIG.c_shared
+    C_BLOCKS: tl.constexpr = CONFIG.c_blocks
+    O_BLOCKS: tl.constexpr = CONFIG.o_blocks
+    TILE_H: tl.constexpr = CONFIG.tile_h
+    TILE_W: tl.constexpr = CONFIG.tile_w
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    BLOCK_O: tl.constexpr = CONFIG.block_o
+    EDGE_C: tl.constexpr = CONFIG.edge_c
+    EDGE_O: tl.constexpr = CONFIG.edge_o
+    DOT: tl.constexpr = CONFIG.dot
     program = tl.program_id(0)
     within = program % C_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     rest = program // C_BLOCKS
@@ -357,7 +255,7 @@ def _grad_input(
     outputs = out_height.to(tl.int64) * out_width
     cells = (height + 1).to(tl.int64) * (width + 1)
     acc = tl.zeros((TILE_H * TILE_W, BLOCK_C), tl.float32)
-    for turn in range(tl.cdiv(O_PER_GROUP, BLOCK_O) * TAPS):
+    for turn in range(O_BLOCKS * TAPS):
         tap = turn % TAPS
         o = turn // TAPS * BLOCK_O + tl.arange(0, BLOCK_O)
         o_real = o < O_PER_GROUP

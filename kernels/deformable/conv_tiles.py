@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from accel.kernels.deformable import sampling
+from accel.kernels._launch import power_of_two
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Shape:
     capability: tuple[int, int]  # of the GPU
 
     def c(self, most: int) -> int:
-        return sampling.power_of_two(self.segment, 16, most)
+        return power_of_two(self.segment, 16, most)
 
     def o(self, most: int) -> int:
-        return sampling.power_of_two(self.o_per_group, 16, most)
+        return power_of_two(self.o_per_group, 16, most)
 
 
 # A sum in fp32 takes tile / (32 · warps) registers a thread, and so do the pixels of as many samples in half precision,

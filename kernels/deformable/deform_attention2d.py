@@ -16,6 +16,7 @@ from torch import Tensor
 from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels.deformable import rows_launch as rows
+from accel.kernels.deformable.rows import Levels, Samples
 from accel.kernels.deformable.rows_launch import Call
 from accel.ops.deformable.deform_attention2d import Args
 
@@ -46,19 +47,13 @@ def _call(args: Args, softmax: bool) -> Call:
         queries=(out_height, out_width),
         map=(height, width),
         cells=(height + 1) * (width + 1),
-        levels=0,
-        arguments={
-            "stride_y": args.stride[0],
-            "stride_x": args.stride[1],
-            "padding_y": args.padding[0],
-            "padding_x": args.padding[1],
-            "dilation_y": args.dilation[0],
-            "dilation_x": args.dilation[1],
-            "scale": args.offset_scale,
-            "KH": args.kernel_size[0],
-            "KW": args.kernel_size[1],
-            "SOFTMAX": softmax,
-        },
+        levels=Levels(None, None),
+        samples_of_query=Samples(taps, kh=args.kernel_size[0], kw=args.kernel_size[1]),
+        stride=tuple(args.stride),
+        padding=tuple(args.padding),
+        dilation=tuple(args.dilation),
+        scale=args.offset_scale,
+        softmax=softmax,
     )
 
 

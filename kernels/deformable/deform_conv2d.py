@@ -1,10 +1,7 @@
 """Deformable convolution in Triton: an implicit matrix product, the samples are made tile by tile where it needs them.
 
-A program owns a tile of outputs and a block of output channels, and walks over taps and input channels: positions are
-computed once for a tap, the four pixels are gathered channels-last, where channels lie together, and their mean enters
-the tensor cores in the dtype of the input, rounded once. No column buffer exists in either direction.
-
-The backward has a kernel for each sum (``_deform_conv_backward.py``): every sum has one owner and a fixed order.
+No column buffer exists in either direction. The forward is one kernel (``conv_forward.py``), the backward has one for
+each sum (``conv_backward.py``): every sum has one owner and a fixed order. Here are their launches.
 """
 
 from __future__ import annotations
@@ -15,116 +12,23 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels._launch import Launch, launch
 from accel.kernels.deformable import conv_backward as backwards
+from accel.kernels.deformable import conv_forward as forwards
 from accel.kernels.deformable import conv_tiles as cut
 from accel.kernels.deformable import sampling
-from accel.kernels.deformable.conv_backward import INTS, load_shift, load_weight, tap_at
+from accel.kernels.deformable.conv_taps import Config, Inputs
 from accel.kernels.deformable.layout import channels_last, transpose_launch
-from accel.kernels.deformable.sampling import corners, load_corners, mean, output_tile
 from accel.ops.deformable.deform_conv2d import Args, memory_format
 
 PARTS_BYTES = 32 << 20
 """What parts of the weight's gradient may take together, where they are more than one."""
 WEIGHT_PROGRAMS = 528
 """Programs of the weight's gradient: four for each of an H100's 132 processors."""
-
-
-@triton.jit(do_not_specialize=INTS)
-def _forward(
-    out_ptr,
-    input_ptr,
-    offset_ptr,
-    mask_ptr,
-    weight_ptr,
-    bias_ptr,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    C: tl.constexpr,
-    OUT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    OFFSET_GROUPS: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    LAST: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    DOT: tl.constexpr,
-):
-    TAPS: tl.constexpr = KH * KW
-    C_PER_GROUP: tl.constexpr = C // GROUPS
-    O_PER_GROUP: tl.constexpr = OUT // GROUPS
-    C_SHARED: tl.constexpr = C // OFFSET_GROUPS
-    O_BLOCKS: tl.constexpr = (O_PER_GROUP + BLOCK_O - 1) // BLOCK_O
-    STEPS: tl.constexpr = C_PER_GROUP // SEGMENT * TAPS
-    EDGE_C: tl.constexpr = SEGMENT % BLOCK_C != 0
-    EDGE_O: tl.constexpr = O_PER_GROUP % BLOCK_O != 0
-    # blocks of output channels side by side, then tiles: neighbours sample the same pixels
-    program = tl.program_id(0)
-    o = program % O_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
-    rest = program // O_BLOCKS
-    group = rest % GROUPS
-    n, i, j, real = output_tile(rest // GROUPS, out_height, out_width, TILE_H, TILE_W)
-    o_real = o < O_PER_GROUP
-    o += group * O_PER_GROUP
-    outputs = out_height.to(tl.int64) * out_width
-    p = i.to(tl.int64) * out_width + j
-    image_ptr = input_ptr + n * height * width * C
-    down = width * C
-    step = (stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
-    acc = tl.zeros((TILE_H * TILE_W, BLOCK_O), tl.float32)
-    offset_group = group * C_PER_GROUP // C_SHARED
-    shift_y, shift_x, factor = load_shift(
-        offset_ptr, mask_ptr, (n * OFFSET_GROUPS + offset_group) * TAPS, outputs, p, real
-    )
-    for turn in range(STEPS):
-        tap = turn % TAPS
-        first = group * C_PER_GROUP + turn // TAPS * SEGMENT
-        y, x = tap_at(tap, i, j, step, KW)
-        at, inside, dy, dx, _ = corners(y + shift_y, x + shift_x, real, height, width)
-        at *= C
-        now = factor
-        # those of the next turn are on their way while this one's pixels are gathered
-        following = tl.minimum(turn + 1, STEPS - 1)
-        offset_group = (group * C_PER_GROUP + following // TAPS * SEGMENT) // C_SHARED
-        index = (n * OFFSET_GROUPS + offset_group) * TAPS + following % TAPS
-        shift_y, shift_x, factor = load_shift(offset_ptr, mask_ptr, index, outputs, p, real)
-        for c0 in range(0, SEGMENT, BLOCK_C):
-            within = c0 + tl.arange(0, BLOCK_C)
-            in_range = None
-            if EDGE_C:
-                in_range = within < SEGMENT
-            some = None
-            if EDGE_C or EDGE_O:
-                some = (within < SEGMENT)[:, None] & o_real[None, :]
-            channel = (first % C_PER_GROUP + within)[:, None]
-            kernel = load_weight(weight_ptr, tap, channel, o[None, :], C_PER_GROUP, OUT, some)
-            sample = mean(load_corners(image_ptr, at, inside, C, down, first + within, in_range), dy, dx, now)
-            acc = tl.dot(sample.to(DOT), kernel.to(DOT), acc, input_precision="ieee")
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + o, mask=o_real, other=0.0)[None, :]
-    p = i * out_width + j
-    if LAST:
-        at = p[:, None] * OUT + o[None, :]
-    else:
-        at = o[None, :] * (out_height * out_width) + p[:, None]
-    tl.store(out_ptr + n * outputs * OUT + at, acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & o_real[None, :])
 
 
 # --- launches ---
@@ -182,11 +86,10 @@ def _pack(weight: Tensor) -> Tensor:
 
 
 def _shared(args: Args, input: Tensor, weight: Tensor, capability: tuple[int, int]) -> dict[str, Any]:
-    """The arguments that all kernels of a call have in common, but for the tile, and what tiles are chosen by."""
-    channels, shape = args.input.shape[1], _shape(args, capability)
+    """The arguments that kernels of a call have in common but for ``CONFIG``, and what tiles are chosen by."""
     return {
-        "shape": shape,
-        "input_ptr": input,
+        "shape": _shape(args, capability),
+        "inputs": Inputs(input, args.offset, args.mask, weight),
         "offset_ptr": args.offset,
         "mask_ptr": args.mask,
         "weight_ptr": weight,
@@ -201,23 +104,31 @@ def _shared(args: Args, input: Tensor, weight: Tensor, capability: tuple[int, in
         "padding_x": args.padding[1],
         "dilation_y": args.dilation[0],
         "dilation_x": args.dilation[1],
-        "C": channels,
-        "OUT": args.weight.shape[0],
-        "GROUPS": channels // args.weight.shape[1],
-        "OFFSET_GROUPS": _offset_groups(args),
-        "SEGMENT": shape.segment,
         "KH": args.weight.shape[2],
         "KW": args.weight.shape[3],
         "LAST": memory_format(args.input) == torch.channels_last,
-        "DOT": _launch.dot_dtype(args.input.dtype),
     }
 
 
-def _tiled(tile: cut.Tile, height: int, width: int) -> tuple[dict[str, Any], int]:
-    """The arguments that say a tile, and how many of them an image of outputs (or pixels) has."""
+def _config(args: Args, segment: int, tile: cut.Tile, height: int, width: int) -> tuple[Config, int]:
+    """What is compiled in, and how many tiles an image of outputs (or pixels) has."""
     tile_h, tile_w = sampling.output_block(height, width, tile.outputs)
-    tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
-    return {"TILE_H": tile_h, "TILE_W": tile_w, "BLOCK_C": tile.c, "BLOCK_O": tile.o}, tiles
+    out_channels, per_group, kh, kw = args.weight.shape
+    config = Config(
+        channels=args.input.shape[1],
+        out_channels=out_channels,
+        groups=args.input.shape[1] // per_group,
+        offset_groups=_offset_groups(args),
+        segment=segment,
+        kh=kh,
+        kw=kw,
+        tile_h=tile_h,
+        tile_w=tile_w,
+        block_c=tile.c,
+        block_o=tile.o,
+        dot=_launch.dot_dtype(args.input.dtype),
+    )
+    return config, triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
 
 
 def _result(args: Args) -> Tensor:
@@ -233,9 +144,9 @@ def _result(args: Args) -> Tensor:
 def _forward_launch(out: Tensor, args: Args, shared: dict[str, Any]) -> Launch:
     shape = shared["shape"]
     tile = cut.forward_tile(shape)
-    given, tiles = _tiled(tile, *args.offset.shape[2:])
-    programs = args.input.shape[0] * tiles * shared["GROUPS"] * triton.cdiv(shape.o_per_group, tile.o)
-    return launch(_forward, programs, *tile.how, out_ptr=out, **shared, **given)
+    config, tiles = _config(args, shape.segment, tile, *args.offset.shape[2:])
+    programs = args.input.shape[0] * tiles * config.groups * config.o_blocks
+    return launch(forwards.forward_kernel, programs, *tile.how, out_ptr=out, **shared, CONFIG=config)
 
 
 def forward(*args: Any) -> Tensor:
@@ -252,10 +163,10 @@ def _shifts_launch(
     grad_offset: Tensor | None, grad_mask: Tensor | None, grad_out: Tensor, args: Args, shared: dict[str, Any]
 ) -> Launch:
     tile = cut.shifts_tile(shared["shape"])
-    given, tiles = _tiled(tile, *args.offset.shape[2:])
-    programs = args.input.shape[0] * tiles * shared["OFFSET_GROUPS"] * shared["KH"] * shared["KW"]
+    config, tiles = _config(args, shared["shape"].segment, tile, *args.offset.shape[2:])
+    programs = args.input.shape[0] * tiles * config.offset_groups * config.taps
     pointers = {"grad_offset_ptr": grad_offset, "grad_mask_ptr": grad_mask, "grad_out_ptr": grad_out}
-    return launch(backwards._grad_shifts, programs, *tile.how, **pointers, **shared, **given)
+    return launch(backwards.shifts_kernel, programs, *tile.how, **pointers, **shared, CONFIG=config)
 
 
 def _weight_launch(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> tuple[Launch, Tensor]:
@@ -263,19 +174,16 @@ def _weight_launch(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> tupl
     the sum."""
     shape = shared["shape"]
     tile = cut.weight_tile(shape)
-    given, tiles = _tiled(tile, *args.offset.shape[2:])
+    config, tiles = _config(args, shape.segment, tile, *args.offset.shape[2:])
     tiles *= args.input.shape[0]
-    taps = shared["KH"] * shared["KW"]
-    blocks = triton.cdiv(shape.o_per_group, tile.o) * triton.cdiv(shape.segment, tile.c)
-    blocks *= shared["C"] // shape.segment * taps
+    blocks = config.o_blocks * config.c_blocks * (config.channels // shape.segment) * config.taps
     parts = min(triton.cdiv(WEIGHT_PROGRAMS, blocks), max(1, PARTS_BYTES // (4 * args.weight.numel())))
     per_part = max(4, triton.cdiv(tiles, parts))  # fewer, and a part costs as many bytes as what it sums
     parts = triton.cdiv(tiles, per_part)
     out_channels, per_group = args.weight.shape[:2]
-    filled = args.offset.new_empty((parts, taps, out_channels, per_group))
+    filled = args.offset.new_empty((parts, config.taps, out_channels, per_group))
     pointers = {"parts_ptr": filled, "grad_out_ptr": grad_out, "tiles": tiles, "tiles_per_part": per_part}
-    given = {**shared, **given, **pointers}
-    return launch(backwards._grad_weight, parts * blocks, *tile.how, **given), filled
+    return launch(backwards.weight_kernel, parts * blocks, *tile.how, **shared, **pointers, CONFIG=config), filled
 
 
 def _sample_launches(
@@ -285,8 +193,8 @@ def _sample_launches(
     pointers = {"keys_ptr": keys, "order_ptr": order, "row_ptr": row, "record_ptr": record}
     given = {**shared, **pointers, "unit0": unit0, "samples": keys.numel(), "BLOCK": 256}
     return (
-        launch(backwards._sample_keys, keys.shape[0] * triton.cdiv(keys.shape[1], 256), 4, **given),
-        launch(backwards._sample_records, triton.cdiv(keys.numel(), 256), 4, **given),
+        launch(backwards.sample_keys_kernel, keys.shape[0] * triton.cdiv(keys.shape[1], 256), 4, **given),
+        launch(backwards.sample_records_kernel, triton.cdiv(keys.numel(), 256), 4, **given),
     )
 
 
@@ -296,12 +204,11 @@ def _input_launch(
 ) -> Launch:  # fmt: skip
     shape = shared["shape"]
     tile = cut.input_tile(shape)
-    given, tiles = _tiled(tile, *args.input.shape[2:])
-    segments = shared["C"] // shared["OFFSET_GROUPS"] // shape.segment
-    programs = units[1] * tiles * segments * triton.cdiv(shape.segment, tile.c)
+    config, tiles = _config(args, shape.segment, tile, *args.input.shape[2:])
+    programs = units[1] * tiles * (config.c_shared // shape.segment) * config.c_blocks
     pointers = {"grad_input_ptr": grad_input, "grad_out_ptr": grad_out, "row_ptr": row, "record_ptr": record}
-    given = {**shared, **given, **pointers, "starts_ptr": starts, "unit0": units[0]}
-    return launch(backwards._grad_input, programs, *tile.how, **given)
+    given = {**shared, **pointers, "starts_ptr": starts, "unit0": units[0], "CONFIG": config}
+    return launch(backwards.input_kernel, programs, *tile.how, **given)
 
 
 def _grad_input(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> Tensor:
@@ -309,7 +216,7 @@ def _grad_input(grad_out: Tensor, args: Args, shared: dict[str, Any]) -> Tensor:
     cells = (args.input.shape[2] + 1) * (args.input.shape[3] + 1)
     outputs = args.offset.shape[2] * args.offset.shape[3]
     taps = shared["KH"] * shared["KW"]
-    for first, count in sampling.chunks(args.input.shape[0] * shared["OFFSET_GROUPS"], taps * outputs, taps * cells):
+    for first, count in sampling.chunks(args.input.shape[0] * _offset_groups(args), taps * outputs, taps * cells):
         keys, row = (args.offset.new_empty((count * taps, outputs), dtype=torch.int32) for _ in range(2))
         record, order = args.offset.new_empty((count * taps, outputs, 4)), args.offset.new_empty(0, dtype=torch.int64)
         _sample_launches(keys, order, row, record, first, shared)[0].run()

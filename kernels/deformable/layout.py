@@ -15,7 +15,7 @@ BLOCK = 64
 
 
 @triton.jit(do_not_specialize=["pixels"])
-def _transpose(out_ptr, x_ptr, pixels, C: tl.constexpr, BLOCK: tl.constexpr):
+def transpose_kernel(out_ptr, x_ptr, pixels, C: tl.constexpr, BLOCK: tl.constexpr):
     """``(N, C, pixels)`` to ``(N, pixels, C)``: a program owns a tile of an image."""
     tiles_p = tl.cdiv(pixels, BLOCK)
     tiles_c: tl.constexpr = (C + BLOCK - 1) // BLOCK
@@ -37,7 +37,7 @@ def transpose_launch(out: Tensor, x: Tensor) -> Launch:
     n, channels, height, width = x.shape
     programs = n * triton.cdiv(height * width, BLOCK) * triton.cdiv(channels, BLOCK)
     arguments = {"out_ptr": out, "x_ptr": x, "pixels": height * width, "C": channels, "BLOCK": BLOCK}
-    return Launch(_transpose, programs, arguments, warps=4, stages=1)
+    return Launch(transpose_kernel, programs, arguments, warps=4, stages=1)
 
 
 def channels_last(x: Tensor) -> Tensor:

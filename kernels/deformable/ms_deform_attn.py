@@ -15,6 +15,7 @@ from torch import Tensor
 from accel.backends import why_not_gpu
 from accel.kernels import _launch
 from accel.kernels.deformable import rows_launch as rows
+from accel.kernels.deformable.rows import Levels, Samples
 from accel.kernels.deformable.rows_launch import Call
 from accel.ops.deformable.ms_deform_attn import Args
 
@@ -48,8 +49,8 @@ def _call(args: Args) -> Call:
         queries=(1, args.sampling_locations.shape[1]),
         map=(1, args.value.shape[1]),
         cells=_cells(args),
-        levels=len(args.num_points),
-        arguments={"shapes_ptr": args.spatial_shapes, "level_starts_ptr": args.level_start_index, "ENDS": ends},
+        samples_of_query=Samples(total, len(args.num_points), ends),
+        levels=Levels(args.spatial_shapes, args.level_start_index),
     )
 
 

@@ -2,13 +2,17 @@
 
 ``value`` is (N, S, M, D) with S pixels and M heads, positions are (N, Q, M, P, 2), x before y, and weights are
 (N, Q, M, P). DCNv3 is the case of one level whose queries stand on a grid: its groups are heads. Where a position lies
-is all that differs, in :func:`locate`: LEVELS is the number of levels of a pyramid, or 0 for a grid.
+is all that differs, in :func:`locate`: the number of levels is that of a pyramid, or 0 for a grid.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from accel.kernels.deformable.sampling import (
     cell_of,
@@ -28,12 +32,64 @@ INTS = [
 ]
 """Integers on whose values no kernel is specialised; head size, points and taps are compile-time constants."""
 
+
+class Levels(NamedTuple):
+    """Height and width of each level of a pyramid, and its first pixel; None for a grid."""
+
+    shapes: Tensor | None
+    starts: Tensor | None
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a query, known at compile time: of a pyramid how many points each level has, of a grid the taps.
+
+    ``ends`` holds, 16 bits each, how many points there are up to each level's last.
+    """
+
+    points: int
+    levels: int = 0
+    ends: int = 0
+    kh: int = 1
+    kw: int = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the rows of ``d`` channels are cut into tiles."""
+
+    d: int
+    tile_h: int
+    tile_w: int
+    block_d: int
+    at_once: int  # points that are on their way together
+    lanes: int  # partial sums of a pixel
+
+
+class Geometry(NamedTuple):
+    """What positions are found by."""
+
+    levels: Any
+    pixels: Any
+    height: Any
+    width: Any
+    stride_y: Any
+    stride_x: Any
+    padding_y: Any
+    padding_x: Any
+    dilation_y: Any
+    dilation_x: Any
+    scale: Any
+
+
 # --- positions ---
 
 
 @triton.jit
-def level_of(p, LEVELS: tl.constexpr, ENDS: tl.constexpr):
-    """The level of point ``p``. ENDS holds, 16 bits each, how many points there are up to each level's last."""
+def level_of(p, SAMPLES: tl.constexpr):
+    """The level of point ``p``."""
+    LEVELS: tl.constexpr = SAMPLES.levels
+    ENDS: tl.constexpr = SAMPLES.ends
     level = p * 0
     for i in tl.static_range(LEVELS - 1):
         level += (p >= ((ENDS >> (16 * i)) & 0xFFFF)).to(tl.int32)
@@ -41,11 +97,11 @@ def level_of(p, LEVELS: tl.constexpr, ENDS: tl.constexpr):
 
 
 @triton.jit
-def level_size(shapes_ptr, level_starts_ptr, level, pixels):
+def level_size(levels, level, pixels):
     """Height, width and first pixel of a level, made to lie within the pixels there are whatever the tensors say."""
-    start = tl.load(level_starts_ptr + level)
-    width = tl.load(shapes_ptr + 2 * level + 1)
-    height = tl.load(shapes_ptr + 2 * level)
+    start = tl.load(levels.starts + level)
+    width = tl.load(levels.shapes + 2 * level + 1)
+    height = tl.load(levels.shapes + 2 * level)
     start = tl.minimum(tl.maximum(start, 0), pixels)
     width = tl.minimum(tl.maximum(width, 0), pixels)
     height = tl.minimum(tl.maximum(height, 0), (pixels - start) // tl.maximum(width, 1))
@@ -53,12 +109,12 @@ def level_size(shapes_ptr, level_starts_ptr, level, pixels):
 
 
 @triton.jit
-def first_cell(shapes_ptr, level_starts_ptr, level, pixels, cells, LEVELS: tl.constexpr):
+def first_cell(levels, level, pixels, cells, LEVELS: tl.constexpr):
     """Where the cells of a level begin among ``cells``, which they cannot leave."""
     first = level.to(tl.int64) * 0
     own = first
     for i in tl.static_range(LEVELS):
-        height, width, _ = level_size(shapes_ptr, level_starts_ptr, i, pixels)
+        height, width, _ = level_size(levels, i, pixels)
         size = (height + 1).to(tl.int64) * (width + 1)
         first += tl.where(i < level, size, 0)
         own += tl.where(i == level, size, 0)
@@ -66,48 +122,35 @@ def first_cell(shapes_ptr, level_starts_ptr, level, pixels, cells, LEVELS: tl.co
 
 
 @triton.jit
-def locate(
-    location_ptr,
-    at,
-    real,
-    p,
-    i,
-    j,
-    pyramid,
-    grid,
-    LEVELS: tl.constexpr,
-    ENDS: tl.constexpr,
-    POINTS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-):
+def locate(location_ptr, at, real, p, i, j, geometry, SAMPLES: tl.constexpr):
     """Pixel positions y and x of point ``p`` of queries, whose place in weights is ``at``, then the height, width and
     first pixel of the map and what a position grows by where its location does, in y and x."""
-    shapes_ptr, level_starts_ptr, pixels = pyramid
-    height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale = grid
+    POINTS: tl.constexpr = SAMPLES.points
+    KH: tl.constexpr = SAMPLES.kh
+    KW: tl.constexpr = SAMPLES.kw
     x = tl.load(location_ptr + 2 * at, mask=real, other=0.0)
     y = tl.load(location_ptr + 2 * at + 1, mask=real, other=0.0)
-    if LEVELS > 0:
-        high, wide, start = level_size(shapes_ptr, level_starts_ptr, level_of(p, LEVELS, ENDS), pixels)
+    if SAMPLES.levels > 0:
+        high, wide, start = level_size(geometry.levels, level_of(p, SAMPLES), geometry.pixels)
         grow_y = high.to(tl.float32)
         grow_x = wide.to(tl.float32)
         y = y * grow_y - 0.5
         x = x * grow_x - 0.5
     else:
-        high = height
-        wide = width
-        start = (height * 0).to(tl.int64)
+        high = geometry.height
+        wide = geometry.width
+        start = (high * 0).to(tl.int64)
         tap = p
         if POINTS < KH * KW:
             tap = p + (p >= POINTS // 2).to(tl.int32)
-        middle_y = dilation_y * (KH - 1) // 2
-        middle_x = dilation_x * (KW - 1) // 2
-        base_y = (i * stride_y - padding_y + middle_y).to(tl.float32)
-        base_x = (j * stride_x - padding_x + middle_x).to(tl.float32)
-        y = base_y + (tap % KH * dilation_y - middle_y).to(tl.float32) * scale + y * scale
-        x = base_x + (tap // KH * dilation_x - middle_x).to(tl.float32) * scale + x * scale
-        grow_y = scale
-        grow_x = scale
+        middle_y = geometry.dilation_y * (KH - 1) // 2
+        middle_x = geometry.dilation_x * (KW - 1) // 2
+        base_y = (i * geometry.stride_y - geometry.padding_y + middle_y).to(tl.float32)
+        base_x = (j * geometry.stride_x - geometry.padding_x + middle_x).to(tl.float32)
+        y = base_y + (tap % KH * geometry.dilation_y - middle_y).to(tl.float32) * geometry.scale + y * geometry.scale
+        x = base_x + (tap // KH * geometry.dilation_x - middle_x).to(tl.float32) * geometry.scale + x * geometry.scale
+        grow_y = geometry.scale
+        grow_x = geometry.scale
     return y, x, high, wide, start, grow_y, grow_x
 
 
@@ -127,39 +170,19 @@ def softmax_stats(weight_ptr, at, real, POINTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=INTS)
-def _forward(
-    out_ptr,
-    value_ptr,
-    location_ptr,
-    weight_ptr,
-    shapes_ptr,
-    level_starts_ptr,
-    heads,
-    pixels,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    scale,
-    D: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ENDS: tl.constexpr,
-    POINTS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SOFTMAX: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
+def forward_kernel(
+    out_ptr, value_ptr, location_ptr, weight_ptr, levels,
+    heads, pixels, height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x,
+    dilation_y, dilation_x, scale,
+    SAMPLES: tl.constexpr, CUT: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
     """A program owns a tile of queries and a block of channels of one head."""
+    POINTS: tl.constexpr = SAMPLES.points
+    D: tl.constexpr = CUT.d
+    BLOCK_D: tl.constexpr = CUT.block_d
+    TILE_H: tl.constexpr = CUT.tile_h
+    TILE_W: tl.constexpr = CUT.tile_w
+    AT_ONCE: tl.constexpr = CUT.at_once
     program = tl.program_id(0)
     c = program % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
     rest = program // tl.cdiv(D, BLOCK_D)
@@ -169,8 +192,9 @@ def _forward(
     if D % BLOCK_D != 0:
         in_range = c < D
     row = ((n * out_height + i) * out_width + j) * heads + head
-    pyramid = (shapes_ptr, level_starts_ptr, pixels)
-    grid = (height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale)
+    geometry = Geometry(
+        levels, pixels, height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale
+    )
     stride = heads.to(tl.int64) * D
     if SOFTMAX:
         largest, inverse = softmax_stats(weight_ptr, row * POINTS, real, POINTS)
@@ -179,9 +203,7 @@ def _forward(
         for ahead in tl.static_range(AT_ONCE):
             p = p0 + ahead
             at = row * POINTS + p
-            y, x, high, wide, start, _, _ = locate(
-                location_ptr, at, real, p, i, j, pyramid, grid, LEVELS, ENDS, POINTS, KH, KW
-            )
+            y, x, high, wide, start, _, _ = locate(location_ptr, at, real, p, i, j, geometry, SAMPLES)
             weight = tl.load(weight_ptr + at, mask=real, other=0.0)
             if SOFTMAX:
                 weight = tl.exp(weight - largest) * inverse
@@ -196,54 +218,32 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=INTS)
-def _grad_points(
-    grad_location_ptr,
-    grad_weight_ptr,
-    grad_out_ptr,
-    value_ptr,
-    location_ptr,
-    weight_ptr,
-    shapes_ptr,
-    level_starts_ptr,
-    heads,
-    pixels,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    scale,
-    D: tl.constexpr,
-    LEVELS: tl.constexpr,
-    ENDS: tl.constexpr,
-    POINTS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
+def points_kernel(
+    grad_location_ptr, grad_weight_ptr, grad_out_ptr, value_ptr, location_ptr, weight_ptr, levels,
+    heads, pixels, height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x,
+    dilation_y, dilation_x, scale,
+    SAMPLES: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
     """Gradients of locations and weights: a program owns a tile of queries of one head."""
+    POINTS: tl.constexpr = SAMPLES.points
+    D: tl.constexpr = CUT.d
+    BLOCK_D: tl.constexpr = CUT.block_d
+    TILE_H: tl.constexpr = CUT.tile_h
+    TILE_W: tl.constexpr = CUT.tile_w
+    AT_ONCE: tl.constexpr = CUT.at_once
     program = tl.program_id(0)
     head = program % heads
     n, i, j, real = output_tile(program // heads, out_height, out_width, TILE_H, TILE_W)
     row = ((n * out_height + i) * out_width + j) * heads + head
-    pyramid = (shapes_ptr, level_starts_ptr, pixels)
-    grid = (height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale)
+    geometry = Geometry(
+        levels, pixels, height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale
+    )
     stride = heads.to(tl.int64) * D
     for p0 in range(0, POINTS, AT_ONCE):
         for ahead in tl.static_range(AT_ONCE):
             p = p0 + ahead
             at = row * POINTS + p
-            y, x, high, wide, start, grow_y, grow_x = locate(
-                location_ptr, at, real, p, i, j, pyramid, grid, LEVELS, ENDS, POINTS, KH, KW
-            )
+            y, x, high, wide, start, grow_y, grow_x = locate(location_ptr, at, real, p, i, j, geometry, SAMPLES)
             weight = tl.load(weight_ptr + at, mask=real, other=0.0)
             pixel, inside, dy, dx, near = corners(y, x, real, high, wide)
             pixel = (n * pixels + start + pixel) * stride + head * D
@@ -274,34 +274,14 @@ def _grad_points(
 
 
 @triton.jit(do_not_specialize=INTS)
-def _sample_keys(
-    keys_ptr,
-    location_ptr,
-    shapes_ptr,
-    level_starts_ptr,
-    heads,
-    pixels,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    cells,
-    unit0,
-    scale,
-    LEVELS: tl.constexpr,
-    ENDS: tl.constexpr,
-    POINTS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def sample_keys_kernel(
+    keys_ptr, location_ptr, levels,
+    heads, pixels, height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x,
+    dilation_y, dilation_x, cells, unit0, scale,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The key of every sample of the units (pairs of image and head) from ``unit0`` on, unit by unit."""
+    POINTS: tl.constexpr = SAMPLES.points
     queries = out_height.to(tl.int64) * out_width
     samples = queries * POINTS
     blocks = tl.cdiv(samples, BLOCK)
@@ -313,50 +293,26 @@ def _sample_keys(
     p = (s - q * POINTS).to(tl.int32)
     n = (unit0 + unit) // heads
     at = ((n * queries + q) * heads + (unit0 + unit) % heads) * POINTS + p
-    pyramid = (shapes_ptr, level_starts_ptr, pixels)
-    grid = (height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale)
-    y, x, high, wide, _, _, _ = locate(
-        location_ptr, at, real, p, q // out_width, q % out_width, pyramid, grid, LEVELS, ENDS, POINTS, KH, KW
+    geometry = Geometry(
+        levels, pixels, height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale
     )
+    y, x, high, wide, _, _, _ = locate(location_ptr, at, real, p, q // out_width, q % out_width, geometry, SAMPLES)
     cell, near = cell_of(y, x, high, wide)
-    if LEVELS > 0:
-        cell += first_cell(shapes_ptr, level_starts_ptr, level_of(p, LEVELS, ENDS), pixels, cells, LEVELS)
+    if SAMPLES.levels > 0:
+        cell += first_cell(levels, level_of(p, SAMPLES), pixels, cells, SAMPLES.levels)
     key = unit * (cells + 1) + tl.where(near, cell, cells)
     tl.store(keys_ptr + unit * samples + s, key.to(tl.int32), mask=real)
 
 
 @triton.jit(do_not_specialize=INTS)
-def _sample_records(
-    row_ptr,
-    record_ptr,
-    order_ptr,
-    location_ptr,
-    weight_ptr,
-    shapes_ptr,
-    level_starts_ptr,
-    heads,
-    pixels,
-    height,
-    width,
-    out_height,
-    out_width,
-    stride_y,
-    stride_x,
-    padding_y,
-    padding_x,
-    dilation_y,
-    dilation_x,
-    unit0,
-    units,
-    scale,
-    LEVELS: tl.constexpr,
-    ENDS: tl.constexpr,
-    POINTS: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def sample_records_kernel(
+    row_ptr, record_ptr, order_ptr, location_ptr, weight_ptr, levels,
+    heads, pixels, height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x,
+    dilation_y, dilation_x, unit0, units, scale,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The record of every sample in sorted order."""
+    POINTS: tl.constexpr = SAMPLES.points
     queries = out_height.to(tl.int64) * out_width
     samples = queries * POINTS
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -368,41 +324,27 @@ def _sample_records(
     p = (s - q * POINTS).to(tl.int32)
     n = (unit0 + unit) // heads
     at = ((n * queries + q) * heads + (unit0 + unit) % heads) * POINTS + p
-    pyramid = (shapes_ptr, level_starts_ptr, pixels)
-    grid = (height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale)
-    y, x, high, wide, _, _, _ = locate(
-        location_ptr, at, real, p, q // out_width, q % out_width, pyramid, grid, LEVELS, ENDS, POINTS, KH, KW
+    geometry = Geometry(
+        levels, pixels, height, width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x, scale
     )
+    y, x, high, wide, _, _, _ = locate(location_ptr, at, real, p, q // out_width, q % out_width, geometry, SAMPLES)
     factor = tl.load(weight_ptr + at, mask=real, other=0.0)
     store_records(row_ptr, record_ptr, e, q, y, x, factor, real, high, wide)
 
 
 @triton.jit(do_not_specialize=INTS)
-def _grad_value(
-    grad_value_ptr,
-    grad_out_ptr,
-    row_ptr,
-    record_ptr,
-    starts_ptr,
-    shapes_ptr,
-    level_starts_ptr,
-    heads,
-    pixels,
-    height,
-    width,
-    out_height,
-    out_width,
-    cells,
-    unit0,
-    D: tl.constexpr,
-    LEVELS: tl.constexpr,
-    TILE_H: tl.constexpr,
-    TILE_W: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+def value_kernel(
+    grad_value_ptr, grad_out_ptr, row_ptr, record_ptr, starts_ptr, levels,
+    heads, pixels, height, width, out_height, out_width, cells, unit0,
+    LEVELS: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
     """Gradient of value: a program owns a tile of pixels and a block of channels of one head. LANES partial sums of a
     pixel take its samples in turn and are added at the end, so that a long list is not one long chain."""
+    D: tl.constexpr = CUT.d
+    BLOCK_D: tl.constexpr = CUT.block_d
+    LANES: tl.constexpr = CUT.lanes
+    TILE_H: tl.constexpr = CUT.tile_h
+    TILE_W: tl.constexpr = CUT.tile_w
     PIXELS: tl.constexpr = TILE_H * TILE_W
     program = tl.program_id(0)
     c = program % tl.cdiv(D, BLOCK_D) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -428,12 +370,12 @@ def _grad_value(
         inside = real
         level_cells = starts
         if LEVELS > 0:
-            high, level_width, start = level_size(shapes_ptr, level_starts_ptr, level, pixels)
+            high, level_width, start = level_size(levels, level, pixels)
             within = x - start.to(tl.int32)
             level_y = within // tl.maximum(level_width, 1)
             level_x = within - level_y * level_width
             inside = real & (within >= 0) & (level_y < high)
-            level_cells += first_cell(shapes_ptr, level_starts_ptr, level, pixels, cells, LEVELS)
+            level_cells += first_cell(levels, level, pixels, cells, LEVELS)
         runs = reach(level_cells, level_y, level_x, level_width, inside)
         count = runs[2] + runs[5]
         for t0 in range(0, tl.max(count, 0), 2 * LANES):

@@ -11,8 +11,9 @@ import triton
 from torch import Tensor
 
 from accel.kernels import _launch
-from accel.kernels._launch import CompileCase, Launch, launch
+from accel.kernels._launch import CompileCase, Launch, launch, power_of_two
 from accel.kernels.deformable import rows, sampling
+from accel.kernels.deformable.rows import Cut, Levels, Samples
 
 SAMPLES = 256
 """Samples of a program that writes keys or records."""
@@ -20,7 +21,7 @@ SAMPLES = 256
 
 @dataclass(frozen=True)
 class Call:
-    """What the kernels need to know of a call. ``arguments`` are those that only one of the two ops has."""
+    """What the kernels need to know of a call."""
 
     value: Tensor  # (N, S, M, D)
     locations: Tensor  # (N, Q, M, P, 2)
@@ -28,8 +29,13 @@ class Call:
     queries: tuple[int, int]  # as a grid
     map: tuple[int, int]  # the pixels as a map; a pyramid's are one row
     cells: int  # at least as many as all levels have together
-    levels: int
-    arguments: dict[str, Any]
+    levels: Levels
+    samples_of_query: Samples
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    scale: float = 1.0
+    softmax: bool = False
 
     @property
     def points(self) -> int:
@@ -66,11 +72,11 @@ class Tile:
 
 
 def _tile(rows: int, head_size: int, points: int, itemsize: int, most: int) -> Tile:
-    d = sampling.power_of_two(head_size, 1, 128)
+    d = power_of_two(head_size, 1, 128)
     elements = 2048 if rows * d >= 2048 * 1056 else 1024  # eight programs for each of 132 processors remain
     most = min(most, max(1, 8192 // (elements * itemsize)))
     at_once = max(count for count in range(1, most + 1) if points % count == 0)
-    return Tile(sampling.power_of_two(elements // d, 16, 128), d, 4, at_once)
+    return Tile(power_of_two(elements // d, 16, 128), d, 4, at_once)
 
 
 def forward_tile(rows: int, head_size: int, points: int, itemsize: int) -> Tile:
@@ -83,64 +89,57 @@ def points_tile(rows: int, head_size: int, points: int, itemsize: int) -> Tile:
 
 def value_tile(list_length: float, head_size: int) -> Tile:
     """``list_length`` is how many samples reach a pixel on the average."""
-    lanes = sampling.power_of_two(int(list_length / 8), 1, 8)
-    return Tile(64, sampling.power_of_two(head_size, 1, 64), 4, lanes=lanes)
+    lanes = power_of_two(int(list_length / 8), 1, 8)
+    return Tile(64, power_of_two(head_size, 1, 64), 4, lanes=lanes)
 
 
 def shared(call: Call) -> dict[str, Any]:
-    _, pixels, heads, head_size = call.value.shape
     return {
         "value_ptr": call.value,
         "location_ptr": call.locations,
         "weight_ptr": call.weights,
-        "shapes_ptr": None,
-        "level_starts_ptr": None,
-        "heads": heads,
-        "pixels": pixels,
+        "levels": call.levels,
+        "heads": call.value.shape[2],
+        "pixels": call.value.shape[1],
         "height": call.map[0],
         "width": call.map[1],
         "out_height": call.queries[0],
         "out_width": call.queries[1],
-        "stride_y": 1,
-        "stride_x": 1,
-        "padding_y": 0,
-        "padding_x": 0,
-        "dilation_y": 1,
-        "dilation_x": 1,
+        "stride_y": call.stride[0],
+        "stride_x": call.stride[1],
+        "padding_y": call.padding[0],
+        "padding_x": call.padding[1],
+        "dilation_y": call.dilation[0],
+        "dilation_x": call.dilation[1],
         "cells": call.cells,
-        "scale": 1.0,
-        "D": head_size,
-        "LEVELS": call.levels,
-        "ENDS": 0,
-        "POINTS": call.points,
-        "KH": 1,
-        "KW": 1,
-        "SOFTMAX": False,
-        **call.arguments,
+        "scale": call.scale,
+        "SAMPLES": call.samples_of_query,
     }
 
 
-def _tiled(tile: Tile, height: int, width: int) -> tuple[dict[str, Any], int]:
+def _cut(tile: Tile, head_size: int, height: int, width: int) -> tuple[Cut, int]:
+    """The cut of a map of this size, and how many tiles it has."""
     tile_h, tile_w = sampling.output_block(height, width, max(1, tile.rows // tile.lanes))
     tiles = triton.cdiv(height, tile_h) * triton.cdiv(width, tile_w)
-    given = {"TILE_H": tile_h, "TILE_W": tile_w, "BLOCK_D": tile.d, "AT_ONCE": tile.at_once, "LANES": tile.lanes}
-    return given, tiles
+    return Cut(head_size, tile_h, tile_w, tile.d, tile.at_once, tile.lanes), tiles
 
 
 def forward_launch(out: Tensor, call: Call) -> Launch:
     n, _, heads, head_size = call.value.shape
     tile = forward_tile(call.rows, head_size, call.points, call.value.element_size())
-    given, tiles = _tiled(tile, *call.queries)
+    cut, tiles = _cut(tile, head_size, *call.queries)
     programs = n * tiles * heads * triton.cdiv(head_size, tile.d)
-    return launch(rows._forward, programs, tile.warps, out_ptr=out, **{**shared(call), **given})
+    given = {**shared(call), "out_ptr": out, "CUT": cut, "SOFTMAX": call.softmax}
+    return launch(rows.forward_kernel, programs, tile.warps, **given)
 
 
 def points_launch(grad_location: Tensor | None, grad_weight: Tensor | None, grad_out: Tensor, call: Call) -> Launch:
     n, _, heads, head_size = call.value.shape
     tile = points_tile(call.rows, head_size, call.points, call.value.element_size())
-    given, tiles = _tiled(tile, *call.queries)
+    cut, tiles = _cut(tile, head_size, *call.queries)
     pointers = {"grad_location_ptr": grad_location, "grad_weight_ptr": grad_weight, "grad_out_ptr": grad_out}
-    return launch(rows._grad_points, n * tiles * heads, tile.warps, **{**shared(call), **given, **pointers})
+    given = {**shared(call), **pointers, "CUT": cut}
+    return launch(rows.points_kernel, n * tiles * heads, tile.warps, **given)
 
 
 def sample_launches(
@@ -150,8 +149,8 @@ def sample_launches(
     pointers = {"keys_ptr": keys, "order_ptr": order, "row_ptr": row, "record_ptr": record}
     given = {**shared(call), **pointers, "unit0": unit0, "units": keys.shape[0], "BLOCK": SAMPLES}
     return (
-        launch(rows._sample_keys, keys.shape[0] * triton.cdiv(keys.shape[1], SAMPLES), 4, **given),
-        launch(rows._sample_records, triton.cdiv(keys.numel(), SAMPLES), 4, **given),
+        launch(rows.sample_keys_kernel, keys.shape[0] * triton.cdiv(keys.shape[1], SAMPLES), 4, **given),
+        launch(rows.sample_records_kernel, triton.cdiv(keys.numel(), SAMPLES), 4, **given),
     )
 
 
@@ -161,11 +160,11 @@ def value_launch(
 ) -> Launch:  # fmt: skip
     head_size = call.value.shape[3]
     tile = value_tile(4 * call.samples / call.value.shape[1], head_size)
-    given, tiles = _tiled(tile, *call.map)
+    cut, tiles = _cut(tile, head_size, *call.map)
     programs = units[1] * tiles * triton.cdiv(head_size, tile.d)
     pointers = {"grad_value_ptr": grad_value, "grad_out_ptr": grad_out, "row_ptr": row, "record_ptr": record}
-    given = {**shared(call), **given, **pointers, "starts_ptr": starts, "unit0": units[0]}
-    return launch(rows._grad_value, programs, tile.warps, **given)
+    more = {"starts_ptr": starts, "unit0": units[0], "LEVELS": call.samples_of_query.levels, "CUT": cut}
+    return launch(rows.value_kernel, programs, tile.warps, **{**shared(call), **pointers, **more})
 
 
 def forward(call: Call) -> Tensor:

@@ -177,11 +177,6 @@ def chunks(units: int, samples: int, cells: int) -> list[tuple[int, int]]:
 # --- launches ---
 
 
-def power_of_two(size: int, least: int, most: int) -> int:
-    """The block for ``size`` elements, within bounds that are powers of two."""
-    return min(most, max(least, triton.next_power_of_2(size)))
-
-
 def output_block(out_height: int, out_width: int, outputs: int) -> tuple[int, int]:
     """Height and width of a tile of at most ``outputs`` outputs: of the shapes no more than four times as wide as
     high, the other way round likewise, or as long as the map allows, the one that needs the fewest tiles; the squarest
