@@ -4,13 +4,14 @@ The weight of a pixel in a bin is that of its row times that of its column. Forw
 some of its channels; backward, a tile of one channel of an image, and walks over the boxes in their order, so that
 every sum has one owner. A pixel of weight 0 is not read: it may hold a NaN that no sample has seen.
 
-``RATIO`` is the number of samples along a side of a bin, 0 for as many as it has pixels, or ``POOL``.
+The ratio is the number of samples along a side of a bin, 0 for as many as it has pixels, or ``POOL``.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,18 @@ _LIMIT = tl.constexpr(float(LIMIT))
 _SLACK = tl.constexpr(SLACK)
 INTS = ["boxes", "batch", "channels", "height", "width"]
 """Integers on whose values no kernel is specialised."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a kernel is compiled for: bins of a box along both sides, the ratio, and the tile."""
+
+    ph: int
+    pw: int
+    ratio: int
+    block_y: int
+    block_x: int
+    block_c: int = 1
 
 
 @triton.jit
@@ -115,22 +128,16 @@ def _weigh(pixel, bin, size, RATIO: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=INTS)
-def _forward(
-    out_ptr,
-    input_ptr,
-    boxes_ptr,
-    corners_ptr,
-    batch,
-    channels,
-    height,
-    width,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    RATIO: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+def forward_kernel(
+    out_ptr, input_ptr, boxes_ptr, corners_ptr, batch, channels, height, width, CONFIG: tl.constexpr
+):  # fmt: skip
+    """A bin of a box, for some of its channels."""
+    PH: tl.constexpr = CONFIG.ph
+    PW: tl.constexpr = CONFIG.pw
+    RATIO: tl.constexpr = CONFIG.ratio
+    BLOCK_C: tl.constexpr = CONFIG.block_c
+    BLOCK_Y: tl.constexpr = CONFIG.block_y
+    BLOCK_X: tl.constexpr = CONFIG.block_x
     # the bins of a box side by side, then blocks of channels, then boxes
     program = tl.program_id(0)
     j = program % PW
@@ -162,22 +169,15 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=INTS)
-def _backward(
-    grad_input_ptr,
-    grad_out_ptr,
-    boxes_ptr,
-    corners_ptr,
-    boxes,
-    batch,
-    channels,
-    height,
-    width,
-    PH: tl.constexpr,
-    PW: tl.constexpr,
-    RATIO: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+def backward_kernel(
+    grad_input_ptr, grad_out_ptr, boxes_ptr, corners_ptr, boxes, batch, channels, height, width, CONFIG: tl.constexpr
+):  # fmt: skip
+    """Gradient of a tile of one channel of an image."""
+    PH: tl.constexpr = CONFIG.ph
+    PW: tl.constexpr = CONFIG.pw
+    RATIO: tl.constexpr = CONFIG.ratio
+    BLOCK_Y: tl.constexpr = CONFIG.block_y
+    BLOCK_X: tl.constexpr = CONFIG.block_x
     # the tiles of a channel side by side, then channels, then images
     program = tl.program_id(0)
     tiles_x = tl.cdiv(width, BLOCK_X)
@@ -237,11 +237,12 @@ def _forward_launch(
 ) -> Launch:
     n, channels, height, width = input.shape
     ph, pw = output_size
-    block = sampling.power_of_two(channels // (ph * pw), 1, 32)
+    block = _launch.power_of_two(channels // (ph * pw), 1, 32)
     programs = boxes.shape[0] * triton.cdiv(channels // (ph * pw), block) * ph * pw
+    config = Config(ph, pw, ratio, block_y=8, block_x=16, block_c=block)
     return _launch.launch(
-        _forward, programs, 1, out_ptr=out, input_ptr=input, boxes_ptr=boxes, corners_ptr=corners, batch=n,
-        channels=channels, height=height, width=width, PH=ph, PW=pw, RATIO=ratio, BLOCK_C=block, BLOCK_Y=8, BLOCK_X=16,
+        forward_kernel, programs, 1, out_ptr=out, input_ptr=input, boxes_ptr=boxes, corners_ptr=corners, batch=n,
+        channels=channels, height=height, width=width, CONFIG=config,
     )  # fmt: skip
 
 
@@ -250,12 +251,12 @@ def _backward_launch(
 ) -> Launch:
     n, channels, height, width = grad_input.shape
     ph, pw = output_size
-    block_y, block_x = sampling.power_of_two(height, 8, 32), sampling.power_of_two(width, 16, 32)
-    programs = n * channels * triton.cdiv(height, block_y) * triton.cdiv(width, block_x)
+    config = Config(ph, pw, ratio, _launch.power_of_two(height, 8, 32), _launch.power_of_two(width, 16, 32))
+    programs = n * channels * triton.cdiv(height, config.block_y) * triton.cdiv(width, config.block_x)
     return _launch.launch(
-        _backward, programs, 4, grad_input_ptr=grad_input, grad_out_ptr=grad_out, boxes_ptr=boxes, corners_ptr=corners,
-        boxes=boxes.shape[0], batch=n, channels=channels, height=height, width=width, PH=ph, PW=pw, RATIO=ratio,
-        BLOCK_Y=block_y, BLOCK_X=block_x,
+        backward_kernel, programs, 4, grad_input_ptr=grad_input, grad_out_ptr=grad_out, boxes_ptr=boxes,
+        corners_ptr=corners, boxes=boxes.shape[0], batch=n, channels=channels, height=height, width=width,
+        CONFIG=config,
     )  # fmt: skip
 
 
