@@ -29,6 +29,7 @@ from accel.kernels.attention.logits import (
     part_at,
     part_length,
     query_spans,
+    rows_of,
     store_rows,
 )
 
@@ -102,29 +103,30 @@ def keys_kernel(
     batch = (unit // key_heads).to(tl.int64)
     j0 = tile * BLOCK_N
     j = j0 + tl.arange(0, BLOCK_N)
+    bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
+    grid = Grid(grid_h, grid_w, extra)
+    call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
+    rows = rows_of(call, batch, rows_b)
     if spans_ptr is not None:
         spans_ptr += batch * spans_b + tile * 8
     k_at = inputs.k + (batch * k_b + key_head * k_h) * UNIT
-    v_at = inputs.v + (batch * v_b + key_head * v_h) * UNIT
     k = load_rows(k_at, j, keys, k_s * UNIT, CONFIG.d, BLOCK_D, True, CONFIG.dot)
+    v_at = inputs.v + (batch * v_b + key_head * v_h) * UNIT
     v = load_rows(v_at, j, keys, v_s * UNIT, CONFIG.e, BLOCK_E, True, CONFIG.dot)
     grad_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
-    bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
-    grid = Grid(grid_h, grid_w, extra)
-    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
     for member in tl.range(0, group):
         index = key_head * group + member
-        head = head_of(call, batch, index)
+        head = head_of(call, rows, batch, index)
         query_side = QuerySide(
             q=inputs.q + (batch * q_b + index * q_h) * UNIT,
-            q_step=q_t * UNIT,
             grad=upstream.grad + (batch * grad_b + index * grad_h) * UNIT,
+            q_step=q_t * UNIT,
             grad_step=grad_t * UNIT,
             lse=upstream.lse + head.first,
             delta=upstream.delta + head.first,
         )
-        spans = query_spans(j0, head, spans_ptr, CONFIG)
+        spans = query_spans(j0, call, spans_ptr, CONFIG)
         for offset in tl.range(0, part_length(spans), PART_M, num_stages=1, disable_licm=True):
             i0 = part_at(spans, offset)
             grad_k, grad_v = _pull_keys((grad_k, grad_v), k, v, query_side, i0, j, j0, head, CONFIG, PART_M, True)
@@ -185,12 +187,12 @@ def queries_kernel(
     i = i0 + tl.arange(0, BLOCK_M)
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
-    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
-    head = head_of(call, batch, index)
+    call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
+    head = head_of(call, rows_of(call, batch, rows_b), batch, index)
     key_side = KeySide(
         k=inputs.k + (batch * k_b + index // group * k_h) * UNIT,
-        k_step=k_s * UNIT,
         v=inputs.v + (batch * v_b + index // group * v_h) * UNIT,
+        k_step=k_s * UNIT,
         v_step=v_s * UNIT,
     )
     q_at = inputs.q + (batch * q_b + index * q_h) * UNIT
@@ -199,7 +201,7 @@ def queries_kernel(
     grad_o = load_rows(grad_at, i, queries, grad_t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
     lse, delta = load_sums(upstream.lse + head.first, upstream.delta + head.first, i, queries, CONFIG.binary)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    spans = key_spans(i0, head, CONFIG)
+    spans = key_spans(i0, call, head.rows, CONFIG)
     for offset in tl.range(0, part_length(spans), PART_N, num_stages=1, disable_licm=True):
         j0 = part_at(spans, offset)
         grad_q = _pull_queries(grad_q, q, grad_o, lse, delta, key_side, i, i0, j0, head, CONFIG, PART_N, True)

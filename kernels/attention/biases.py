@@ -16,11 +16,11 @@ from accel.kernels.attention.arguments import LAUNCH_INTS
 from accel.kernels.attention.logits import (
     Call,
     Grid,
+    Head,
     Plane,
     all_in_part,
     grid_middle,
     grid_place,
-    head_of,
     key_spans,
     line_place,
     load_rows,
@@ -28,6 +28,7 @@ from accel.kernels.attention.logits import (
     pair_gradients,
     part_at,
     part_length,
+    rows_of,
     table_row,
 )
 
@@ -54,30 +55,33 @@ class Sides(NamedTuple):
 
 
 @triton.jit
-def _load_side(side, batch, head, i, count, D: tl.constexpr, BLOCK_D: tl.constexpr, CONFIG: tl.constexpr):
-    """The rows of tokens i, of which there are ``count``."""
-    at = side.ptr + (batch * side.b + head * side.h) * CONFIG.unit
-    return load_rows(at, i, count, side.t * CONFIG.unit, D, BLOCK_D, True, CONFIG.dot)
-
-
-@triton.jit
-def _tile_gradient(i0, j0, batch, head, sides, upstream, CONFIG: tl.constexpr):
-    """Gradient of the logits of the tile at ``(i0, j0)``, 0 where nothing is seen."""
-    queries = head.call.queries
-    keys = head.call.keys
+def _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG: tl.constexpr):
+    """Gradient of the logits of the tile at ``(i0, j0)`` of a head, 0 where nothing is seen."""
+    UNIT: tl.constexpr = CONFIG.unit
+    DOT: tl.constexpr = CONFIG.dot
+    queries = call.queries
+    keys = call.keys
     i = i0 + tl.arange(0, CONFIG.block_m)
     j = j0 + tl.arange(0, CONFIG.block_n)
-    key_head = head.index // sides.group
-    q = _load_side(sides.q, batch, head.index, i, queries, CONFIG.d, CONFIG.block_d, CONFIG)
-    k = _load_side(sides.k, batch, key_head, j, keys, CONFIG.d, CONFIG.block_d, CONFIG)
+    q, k, v, grad, group = sides
+    q_at = q.ptr + (batch * q.b + index * q.h) * UNIT
+    k_at = k.ptr + (batch * k.b + index // group * k.h) * UNIT
+    v_at = v.ptr + (batch * v.b + index // group * v.h) * UNIT
+    grad_at = grad.ptr + (batch * grad.b + index * grad.h) * UNIT
+    q = load_rows(q_at, i, queries, q.t * UNIT, CONFIG.d, CONFIG.block_d, True, DOT)
+    k = load_rows(k_at, j, keys, k.t * UNIT, CONFIG.d, CONFIG.block_d, True, DOT)
     raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-    grad_o = _load_side(sides.grad, batch, head.index, i, queries, CONFIG.e, CONFIG.block_e, CONFIG)
-    v = _load_side(sides.v, batch, key_head, j, keys, CONFIG.e, CONFIG.block_e, CONFIG)
+    grad_o = load_rows(grad_at, i, queries, grad.t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
+    v = load_rows(v_at, j, keys, v.t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
     grad_p = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-    lse, delta = load_sums(upstream.lse + head.first, upstream.delta + head.first, i, queries, CONFIG.binary)
+    # not head_of: it would keep these numbers in registers over the products
+    first = (batch * call.heads + index) * queries
+    lse, delta = load_sums(upstream.lse + first, upstream.delta + first, i, queries, CONFIG.binary)
+    bias_at = batch * call.bias.b + index * call.bias.h
     _used, grad_s, _grad_raw, _seen = pair_gradients(
-        raw, grad_p, lse[:, None], delta[:, None], i[:, None], j[None, :], i0, j0, head, CONFIG, True
-    )
+        raw, grad_p, lse[:, None], delta[:, None], i[:, None], j[None, :], i0, j0,
+        Head(call, index, rows, bias_at, mask_at, first), CONFIG, True,
+    )  # fmt: skip
     return grad_s
 
 
@@ -124,7 +128,7 @@ def bias_kernel(
     )
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
-    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
+    call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
     total_gradient = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = part * per_part
     for step in tl.range(0, tl.minimum(per_part, total - first), disable_licm=True):
@@ -132,10 +136,12 @@ def bias_kernel(
         j0 = (own_s + (n % over_s).to(tl.int32)) * BLOCK_N
         i0 = (own_t + (n // over_s % over_t).to(tl.int32)) * BLOCK_M
         n = n // over_s // over_t
+        index = own_h + n % over_h
         batch = own_b + n // over_h
-        head = head_of(call, batch, own_h + n % over_h)
-        if _meets(key_spans(i0, head, CONFIG), j0):
-            total_gradient += _tile_gradient(i0, j0, batch, head, sides, upstream, CONFIG)
+        mask_at = batch * mask_b + index * mask_h
+        rows = rows_of(call, batch, rows_b)
+        if _meets(key_spans(i0, call, rows, CONFIG), j0):
+            total_gradient += _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
     owner = (part * owners_b + own_b) * owners_h + own_h
     i = own_t * BLOCK_M + tl.arange(0, BLOCK_M)
     j = own_s * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -154,19 +160,19 @@ def bias_kernel(
 
 
 @triton.jit
-def _add_diagonals(bins_ptr, grad_s, i, j0, head, bins, CONFIG: tl.constexpr, ON_GRID: tl.constexpr):
+def _add_diagonals(bins_ptr, grad_s, i, j0, call, rows, bins, CONFIG: tl.constexpr, ON_GRID: tl.constexpr):
     """Add a tile to the program's own bins: bin m gets, of each query, the key that stands m behind its place."""
     WINDOW: tl.constexpr = CONFIG.block_n
-    queries = head.call.queries
-    grid = head.call.grid
-    last = tl.minimum(j0 + WINDOW, head.call.keys) - 1
+    queries = call.queries
+    grid = call.grid
+    last = tl.minimum(j0 + WINDOW, call.keys) - 1
     if ON_GRID:
         place = grid_place(i, grid) + grid_middle(grid)
         real = (i < queries) & (i >= grid.extra)
         low_key = grid_place(tl.maximum(j0, grid.extra), grid)
         high_key = grid_place(tl.maximum(last, grid.extra), grid)
     else:
-        place = line_place(i, head)
+        place = line_place(i, call, rows)
         real = i < queries
         low_key = j0
         high_key = last
@@ -223,18 +229,19 @@ def diagonals_kernel(
     )
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
-    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
+    call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
     first = part * per_part
     for step in tl.range(0, tl.minimum(per_part, total - first), disable_licm=True):
         batch = ((first + step) // tiles).to(tl.int64)
         i0 = (first + step) % tiles * BLOCK_M
         i = i0 + tl.arange(0, BLOCK_M)
-        head = head_of(call, batch, index)
-        spans = all_in_part(key_spans(i0, head, CONFIG))
+        mask_at = batch * mask_b + index * mask_h
+        rows = rows_of(call, batch, rows_b)
+        spans = all_in_part(key_spans(i0, call, rows, CONFIG))
         for offset in tl.range(0, part_length(spans), BLOCK_N, disable_licm=True):
             j0 = part_at(spans, offset)
-            grad_s = _tile_gradient(i0, j0, batch, head, sides, upstream, CONFIG)
-            _add_diagonals(bins_ptr, grad_s, i, j0, head, bins, CONFIG, ON_GRID)
+            grad_s = _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
+            _add_diagonals(bins_ptr, grad_s, i, j0, call, rows, bins, CONFIG, ON_GRID)
             if ON_GRID:
                 query_extra = (i < extra)[:, None]
                 key_extra = (j0 + tl.arange(0, BLOCK_N) < extra)[None, :]
@@ -282,7 +289,7 @@ def index_kernel(
     )
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
-    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
+    call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
     first = part * per_part
     for step in tl.range(0, tl.minimum(per_part, total - first), disable_licm=True):
         i0 = (first + step) * BLOCK_M
@@ -290,8 +297,8 @@ def index_kernel(
         low = keys
         high = keys * 0
         for entry in tl.range(0, tl.where(rows_b > 0, batches, 1)):  # what any batch entry sees
-            any_head = head_of(call, (i0 * 0 + entry).to(tl.int64), index)
-            start0, _, _, end0, start1, _, _, end1 = key_spans(i0, any_head, CONFIG)
+            rows = rows_of(call, (i0 * 0 + entry).to(tl.int64), rows_b)
+            start0, _, _, end0, start1, _, _, end1 = key_spans(i0, call, rows, CONFIG)
             low = tl.minimum(low, tl.where(start0 < end0, start0, low))
             low = tl.minimum(low, tl.where(start1 < end1, start1, low))
             high = tl.maximum(high, tl.maximum(end0, end1))
@@ -301,7 +308,9 @@ def index_kernel(
             weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for entry in tl.range(0, batches, disable_licm=True):
                 batch = (i0 * 0 + entry).to(tl.int64)
-                weight += _tile_gradient(i0, j0, batch, head_of(call, batch, index), sides, upstream, CONFIG)
+                mask_at = batch * mask_b + index * mask_h
+                rows = rows_of(call, batch, rows_b)
+                weight += _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
             j = (j0 + tl.arange(0, BLOCK_N))[None, :]
             row = table_row(i, j, i0, j0, call, CONFIG)
             row = tl.minimum(tl.maximum(row, 0), table_rows - 1) - row0

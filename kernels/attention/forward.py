@@ -30,6 +30,7 @@ from accel.kernels.attention.logits import (
     part_at,
     part_length,
     power,
+    rows_of,
     store_rows,
     visible,
 )
@@ -103,12 +104,12 @@ def forward_kernel(
     i = i0 + tl.arange(0, BLOCK_M)
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
-    call = Call(inputs, factors, bias, mask, rows_b, heads, queries, keys, line_length, table_rows, grid, threshold)
-    head = head_of(call, batch, index)
+    call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
+    head = head_of(call, rows_of(call, batch, rows_b), batch, index)
     key_side = KeySide(
         k=inputs.k + (batch * k_b + index // group * k_h) * UNIT,
-        k_step=k_s * UNIT,
         v=inputs.v + (batch * v_b + index // group * v_h) * UNIT,
+        k_step=k_s * UNIT,
         v_step=v_s * UNIT,
     )
     q_at = inputs.q + (batch * q_b + index * q_h) * UNIT
@@ -116,7 +117,7 @@ def forward_kernel(
     o = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    spans = key_spans(i0, head, CONFIG)
+    spans = key_spans(i0, call, head.rows, CONFIG)
     # not pipelined, and nothing hoisted: with the masks' operands that would not fit the registers
     for offset in tl.range(0, part_length(spans), PART_N, num_stages=1, disable_licm=True):
         j0 = part_at(spans, offset)
@@ -138,7 +139,8 @@ def forward_kernel(
     total = tl.where(total == 0.0, 1.0, total)  # nothing was seen: o is 0 and top −inf
     o /= total[:, None]
     o += tl.sum(o * 0.0, 1)[:, None]  # a value that is not finite makes its row NaN
+    at = (batch * heads + index) * queries + i
     lse = (top + tl.log2(total)) * LN_2 if BINARY else top + tl.log(total)
-    tl.store(lse_ptr + (head.first + i), lse, mask=i < queries)
+    tl.store(lse_ptr + at, lse, mask=i < queries)
     out_at = out_ptr + (batch * out_b + index * out_h) * UNIT
     store_rows(out_at, o, i, queries, out_t * UNIT, CONFIG.e, BLOCK_E)

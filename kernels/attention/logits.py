@@ -44,7 +44,6 @@ class Call(NamedTuple):
     factors: Any
     bias: Any
     mask: Any
-    rows_b: Any
     heads: Any
     queries: Any
     keys: Any
@@ -55,29 +54,36 @@ class Call(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The same for one head of a batch entry. ``first`` is the number of queries of all heads before it."""
+    """The same for one head of a batch entry: where its rows, bias and mask begin, and the queries of all heads before
+    it."""
 
     call: Any
     index: Any
-    first: Any
+    rows: Any
     bias_at: Any
     mask_at: Any
-    rows: Any
+    first: Any
 
 
 @triton.jit
-def head_of(call, batch, index):
-    """Head ``index`` of a batch entry, both 64-bit."""
+def rows_of(call, batch, rows_b):
+    """Where the rows of a batch entry begin, None if there are none."""
     rows = call.inputs.rows
     if rows is not None:
-        rows += batch * call.rows_b
+        rows += batch * rows_b
+    return rows
+
+
+@triton.jit
+def head_of(call, rows, batch, index):
+    """Head ``index`` of a batch entry, both 64-bit."""
     return Head(
         call=call,
         index=index,
-        first=(batch * call.heads + index) * call.queries,
+        rows=rows,
         bias_at=batch * call.bias.b + index * call.bias.h,
         mask_at=batch * call.mask.b + index * call.mask.h,
-        rows=rows,
+        first=(batch * call.heads + index) * call.queries,
     )
 
 
@@ -114,8 +120,8 @@ class KeySide(NamedTuple):
     """Where the keys and values of a head begin, and the steps from row to row."""
 
     k: Any
-    k_step: Any
     v: Any
+    k_step: Any
     v_step: Any
 
 
@@ -123,8 +129,8 @@ class QuerySide(NamedTuple):
     """Where the queries of a head and what a backward pass starts from begin, and the steps from row to row."""
 
     q: Any
-    q_step: Any
     grad: Any
+    q_step: Any
     grad_step: Any
     lse: Any
     delta: Any
@@ -199,18 +205,18 @@ def extent(rows_ptr, i, queries, keys, COLUMN: tl.constexpr):
 
 
 @triton.jit
-def key_spans(i0, head, CONFIG: tl.constexpr):
+def key_spans(i0, call, rows, CONFIG: tl.constexpr):
     """Spans of keys for the tile of queries at ``i0``."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
-    queries = head.call.queries
-    keys = head.call.keys
+    queries = call.queries
+    keys = call.keys
     zero = queries * 0
     if CONFIG.rule == "other":
         i = i0 + tl.arange(0, BLOCK_M)
-        low, high, whole_low, whole_high = extent(head.rows, i, queries, keys, 0)
+        low, high, whole_low, whole_high = extent(rows, i, queries, keys, 0)
         span0 = _in_tiles(low, high, whole_low, whole_high, BLOCK_N)
-        low, high, whole_low, whole_high = extent(head.rows, i, queries, keys, 2)
+        low, high, whole_low, whole_high = extent(rows, i, queries, keys, 2)
         spans = _apart(span0, _in_tiles(low, high, whole_low, whole_high, BLOCK_N))
     else:
         high = keys
@@ -220,13 +226,13 @@ def key_spans(i0, head, CONFIG: tl.constexpr):
             whole_high = tl.minimum(keys, i0 + 1)
         start, full, full_end, end = _in_tiles(zero, high, zero, whole_high, BLOCK_N)
         spans = (start, full, full_end, end, zero, zero, zero, zero)
-    if head.call.inputs.mask is not None:
+    if call.inputs.mask is not None:
         spans = all_in_part(spans)
     return spans
 
 
 @triton.jit
-def query_spans(j0, head, spans_ptr, CONFIG: tl.constexpr):
+def query_spans(j0, call, spans_ptr, CONFIG: tl.constexpr):
     """Spans of queries for the tile of keys at ``j0``; ``spans_ptr`` has them where only `rows` tells.
 
     All are in part for a tile that reaches past the last key.
@@ -235,8 +241,8 @@ def query_spans(j0, head, spans_ptr, CONFIG: tl.constexpr):
     """
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
-    queries = head.call.queries
-    keys = head.call.keys
+    queries = call.queries
+    keys = call.keys
     zero = queries * 0
     if CONFIG.rule == "other":
         spans = (
@@ -259,7 +265,7 @@ def query_spans(j0, head, spans_ptr, CONFIG: tl.constexpr):
         whole_low = tl.where(j0 + BLOCK_N > keys, end, whole_low)
         start, full, full_end, end = _in_tiles(low, queries, whole_low, end, BLOCK_M)
         spans = (start, full, full_end, end, zero, zero, zero, zero)
-    if head.call.inputs.mask is not None:
+    if call.inputs.mask is not None:
         spans = all_in_part(spans)
     return spans
 
@@ -334,12 +340,12 @@ def visible(i, j, i0, j0, head, CONFIG: tl.constexpr):
 
 
 @triton.jit
-def line_place(i, head):
+def line_place(i, call, rows):
     """``shift_i`` of a line: a pair takes element ``shift_i − j``."""
-    if head.rows is None:
-        place = i + head.call.keys - 1
+    if rows is None:
+        place = i + call.keys - 1
     else:
-        place = tl.load(head.rows + i.to(tl.int64) * ROW_FIELDS + 4, mask=i < head.call.queries, other=0)
+        place = tl.load(rows + i.to(tl.int64) * ROW_FIELDS + 4, mask=i < call.queries, other=0)
     return place
 
 
@@ -407,7 +413,7 @@ def logits(raw, i, j, i0, j0, head, CONFIG: tl.constexpr):
         at = (i - i0) * call.bias.t + (j - j0) * call.bias.s
         s += tl.load(corner + at, mask=(i < call.queries) & (j < call.keys), other=0.0).to(tl.float32) * UNITS
     if call.inputs.line is not None:
-        at = tl.minimum(tl.maximum(line_place(i, head) - j, 0), call.line_length - 1)
+        at = tl.minimum(tl.maximum(line_place(i, call, head.rows) - j, 0), call.line_length - 1)
         s += tl.load(call.inputs.line + head.index.to(tl.int64) * call.line_length + at) * UNITS
     if call.inputs.table is not None:
         row = table_row(i, j, i0, j0, call, CONFIG)
