@@ -35,19 +35,24 @@ constexpr int MAX_NV = 2;
 constexpr int max_rows(int nv) { return nv == 2 ? 6 : 10; }
 #endif
 
-// acc + a · b, a one word in every lane.
+// acc + a · b, in each lane a number or the sum of a pair's products.
 template <bool PAIRS>
-inline vf multiply_add(vf acc, const float* a, vf b) {
+inline vf multiply_add(vf acc, vf a, vf b) {
 #if defined(__AVX512BF16__)
-  if constexpr (PAIRS) {
-    int32_t word;
-    std::memcpy(&word, a, 4);
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
-                                                 reinterpret_cast<__m512bh>(_mm512_set1_epi32(word)),
+  if constexpr (PAIRS)
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(a),
                                                  reinterpret_cast<__m512bh>(b)));
-  }
 #endif
-  return acc + splat(*a) * b;
+  return acc + a * b;
+}
+
+// One word in every lane, whose bits may be those of a pair.
+template <bool PAIRS>
+inline vf broadcast(const float* p) {
+  if constexpr (!PAIRS) return splat(*p);
+  int32_t word;
+  std::memcpy(&word, p, 4);
+  return reinterpret_cast<vf>(word - vi{});
 }
 
 template <bool PAIRS, int MR, int NV>
@@ -66,7 +71,7 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<PAIRS>(acc[m][v], a + m * g.row_a, bv[v]);
+      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<PAIRS>(acc[m][v], broadcast<PAIRS>(a + m * g.row_a), bv[v]);
     a += g.col_a;
     b += g.ldb;
   }

@@ -24,6 +24,8 @@ class Backward {
         q_summed(TILE_ROWS, q),
         grad_o_summed(TILE_ROWS, grad_o),
         k_summed(BLOCK_KEYS, k),
+        turned(TILE_ROWS, BLOCK_KEYS),
+        weights(TILE_ROWS, BLOCK_KEYS),
         tile_ld(spread(BLOCK_KEYS)),
         k_t(int64_t(k.padded) * tile_ld),
         v_t(int64_t(v.padded) * tile_ld),
@@ -136,14 +138,14 @@ class Backward {
           const vf g = load(grad), slope = load(logits.slope() + int64_t(i) * logits.ld + j);
           store(grad, g == 0.0f ? g : g * slope);  // of a pair that is not seen, the slope may be anything
         }
-    turned.take(logits.x, logits.ld, n, s);
+    turned.take(logits.x, logits.ld, n, s.from, s.to);
     grad_o_summed.take(grad_o, row, n);
-    gemm<PAIRS>(turned.times(grad_o_summed, grad_v.at(s.from), grad_v.ld), width, grad_v.padded / W);
-    turned.take(grad_s, tile_ld, n, s);
+    gemm<PAIRS>(turned.times(grad_o_summed, grad_v.at(s.from), grad_v.ld, grad_v.at(s.from)), width, grad_v.padded / W);
+    turned.take(grad_s, tile_ld, n, s.from, s.to);
     q_summed.take(q, row, n);
-    gemm<PAIRS>(turned.times(q_summed, grad_k.at(s.from), grad_k.ld), width, grad_k.padded / W);
-    weights.take(grad_s, tile_ld, n, s);
-    gemm<PAIRS>(weights.times(k_summed, s, grad_q.at(row), grad_q.ld), n, grad_q.padded / W);
+    gemm<PAIRS>(turned.times(q_summed, grad_k.at(s.from), grad_k.ld, grad_k.at(s.from)), width, grad_k.padded / W);
+    weights.take(grad_s, tile_ld, n, s.from, s.to);
+    gemm<PAIRS>(weights.times(k_summed, s.from, s.to, grad_q.at(row), grad_q.ld, grad_q.at(row)), n, grad_q.padded / W);
   }
 
   // Logits to weights, dp to ds; where the logit is −∞ both are 0, whatever stands in top, dp and delta.

@@ -21,6 +21,7 @@ class Forward {
         k(BLOCK_KEYS, p.head_dim),
         v(BLOCK_KEYS, p.value_dim),
         v_summed(BLOCK_KEYS, v),
+        weights(TILE_ROWS, BLOCK_KEYS),
         k_ld(spread(BLOCK_KEYS)),
         k_t(int64_t(k.padded) * k_ld),
         out(p.chunk_tiles * p.tile_rows, p.value_dim),
@@ -95,15 +96,15 @@ class Forward {
     logits.compute(q, row, k, k_t, k_ld, b, h, tile, block, s);
     logits.template find_spoiled<PAIRS>(nullptr, 0, v, tile.count, s);
     if (PAIRS && !p.dropout && !logits.any_spoiled()) {
-      weights.begin(s);
+      weights.begin(s.from);
       for (int i = 0; i < tile.count; ++i)
-        weigh(logits.x + int64_t(i) * logits.ld, row + i, s, [&](auto weight) { weights.fill_row(i, s, weight); });
+        weigh(logits.x + int64_t(i) * logits.ld, row + i, s, [&](auto weight) { weights.fill_row(i, s.from, s.to, weight); });
     } else {
       weigh_tile(b, h, tile, row, block, s);
       logits.spoil_pairs(logits.x);
-      weights.take(logits.x, logits.ld, tile.count, s);
+      weights.take(logits.x, logits.ld, tile.count, s.from, s.to);
     }
-    gemm<PAIRS>(weights.times(v_summed, s, out.at(row), out.ld), tile.count, out.padded / W);
+    gemm<PAIRS>(weights.times(v_summed, s.from, s.to, out.at(row), out.ld, out.at(row)), tile.count, out.padded / W);
   }
 
   // Keys and values read where they lie; a value of weight 0 is not touched.

@@ -1,8 +1,7 @@
 // One tile of logits, queries × keys: packing of its operands, biases and masks. Shared by forward and backward.
 //
-// Operands are packed as rows of 32-bit words: an fp32 number each or, where the processor multiplies those, a pair of
-// bf16. Their stride is an odd number of cache lines, so that a column does not fall into a few sets of the cache. What is not finite is replaced by zero there and remembered, since 0 · NaN would carry
-// it to queries that may not see it; pairs that may see it are made NaN instead.
+// What is not finite is replaced by zero in the operands and remembered, since 0 · NaN would carry it to queries that may
+// not see it; pairs that may see it are made NaN instead.
 #pragma once
 
 #include "params.h"
@@ -12,9 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/_gemm.h"
+#include "cpu/_pack.h"
 #include "cpu/_philox.h"
-#include "cpu/_scratch.h"
 #include "cpu/_table.h"
 
 namespace accel::ACCEL_ISA::softmax {
@@ -22,39 +20,26 @@ namespace accel::ACCEL_ISA::softmax {
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
-// Row stride for n floats: whole vectors, an odd number of cache lines.
-inline int spread(int n) {
-  const int lines = int(round_up(n, 16) / 16);
-  return 16 * (lines | 1);
-}
-
-inline int vectors(int n) { return int(round_up(n, W)); }
-
-// Rows of one operand, with a note of those that held something not finite. In PAIRS a word holds two neighbours of a
-// row and nothing is rounded, so that a factor has to wait for the product.
+// Rows of one operand, with a note of those that held something not finite.
 template <bool PAIRS = false>
-class Rows {
+class Rows : public Words<PAIRS> {
  public:
-  Rows(int64_t rows, int size)
-      : words(PAIRS ? (size + 1) / 2 : size),
-        padded(vectors(words)),
-        ld(spread(words)),
-        size_(size),
-        data_(rows * ld),
-        bad_(size_t(rows)) {}
+  using Words<PAIRS>::at, Words<PAIRS>::padded;
+
+  Rows(int64_t rows, int size) : Words<PAIRS>(rows, size), bad_(size_t(rows)) {}
 
   template <typename T>
   void pack(int64_t row, const T* src, float mul) {
     float* dst = at(row);
     vf check{};  // 0 · x is NaN for what is not finite
     int d = 0;
-    for (; d + W <= size_; d += W) {
+    for (; d + W <= size; d += W) {
       const vf x = load(src + d);
       check += x * 0.0f;
       store(dst + d, x * mul);
     }
-    if (d < size_) {
-      load_row(src + d, dst + d, size_ - d, W);
+    if (d < size) {
+      load_row(src + d, dst + d, size - d, W);
       check += load(dst + d) * 0.0f;
       store(dst + d, load(dst + d) * mul);
     }
@@ -69,27 +54,27 @@ class Rows {
     bf16* dst = reinterpret_cast<bf16*>(at(row));
     bool finite = true;
     int d = 0;
-    for (; d + 2 * W <= size_; d += 2 * W) {
+    for (; d + 2 * W <= size; d += 2 * W) {
       const vh2 x = *reinterpret_cast<const vh2_unaligned*>(src + d);
       *reinterpret_cast<vh2_unaligned*>(dst + d) = x;
       finite &= all_finite(x);
     }
     if (d < 2 * padded) {
-      for (; d < size_; ++d) {
+      for (; d < size; ++d) {
         dst[d] = src[d];
         finite &= bool(std::isfinite(to_float(src[d])));
       }
-      std::memset(dst + size_, 0, size_t(2 * padded - size_) * sizeof(bf16));
+      std::memset(dst + size, 0, size_t(2 * padded - size) * sizeof(bf16));
     }
     if (!finite) {
       mark(row);
-      for (int d = 0; d < size_; ++d)
+      for (int d = 0; d < size; ++d)
         if (!std::isfinite(to_float(dst[d]))) dst[d] = bf16{0};
     }
   }
 
   void clear(int64_t row) {
-    std::fill_n(at(row), padded, 0.0f);
+    Words<PAIRS>::clear(row);
     bad_[size_t(row)] = false;
   }
 
@@ -97,20 +82,17 @@ class Rows {
     if (any_bad_) std::fill(bad_.begin(), bad_.end(), 0);
     any_bad_ = false;
   }
-  float* at(int64_t row) const { return data_ + row * ld; }
   bool bad(int64_t row) const { return bad_[size_t(row)]; }
   bool any_bad() const { return any_bad_; }
 
-  const int words, padded, ld;
-
  private:
+  using Words<PAIRS>::size;
+
   void mark(int64_t row) {
     bad_[size_t(row)] = true;
     any_bad_ = true;
   }
 
-  const int size_;
-  Buffer data_;
   std::vector<char> bad_;
   bool any_bad_ = false;
 };
@@ -136,40 +118,11 @@ void pack_block(Rows<IN_PAIRS<T>>& rows, const Strided& x, int64_t b, int64_t h,
   rows.forget();
   for (int j = 0; j < count; ++j) {
     const T* src = row_of<T>(x, b, h, first + j);
-    const char* ahead = reinterpret_cast<const char*>(src + 16 * x.token);  // packing waits for memory, not for work
-    for (int i = 0; i < rows.words * 4; i += 64) __builtin_prefetch(ahead + i);
+    fetch(src + 16 * x.token, rows.words * 4);  // packing waits for memory, not for work
     pack_row<T>(rows, j, src, 1.0f);
   }
   for (int j = count; j < vectors(count); ++j) rows.clear(j);
 }
-
-// Rows in the form of a product's second operand, which is added up over them. As they lie in fp32; in pairs, a word
-// holds the same column of two neighbouring rows.
-template <bool PAIRS>
-class Summed {
- public:
-  Summed(int64_t rows, const Rows<PAIRS>& like)
-      : ld(PAIRS ? spread(2 * like.padded) : like.ld), data_(PAIRS ? (rows + 1) / 2 * ld : 0) {}
-
-  // Rows [from, from + count) of `rows`. An odd last one is its own mate: the first operand has a zero there.
-  void take(const Rows<PAIRS>& rows, int64_t from, int count) {
-    if constexpr (PAIRS) {
-      for (int i = 0; i < count; i += 2)
-        mate_rows(rows.at(from + i), rows.at(from + std::min(i + 1, count - 1)), data_ + i / 2 * ld, rows.padded);
-    } else {
-      source_ = rows.at(from);
-    }
-  }
-
-  // From row `row`, even in pairs.
-  const float* at(int64_t row) const { return PAIRS ? data_ + row / 2 * ld : source_ + row * ld; }
-
-  const int ld;
-
- private:
-  Buffer data_;
-  const float* source_ = nullptr;
-};
 
 // tanh, relative error below 4e-7.
 inline vf tanh(vf x) {
@@ -226,82 +179,6 @@ inline Span meet(const Tile& tile, int64_t block, int count) {
 // Where one query's keys lie.
 struct Seen {
   int first0, end0, first1, end1, shift;
-};
-
-// A tile of fp32 numbers as the first operand of a product: with a word for each, or rounded to pairs of bf16.
-template <bool PAIRS>
-class Weights {
- public:
-  Weights() : ld_(PAIRS ? spread(BLOCK_KEYS / 2) : 0), data_(int64_t(TILE_ROWS) * ld_) {}
-
-  // Columns [s.from, s.to) of `rows` rows of x, to be added up over the columns.
-  void take(const float* x, int ld, int rows, const Span& s) {
-    if constexpr (PAIRS) {
-      begin(s);
-      for (int i = 0; i < rows; ++i) fill_row(i, s, [&](int j) { return load(x + int64_t(i) * ld + j); });
-    } else {
-      at_ = x + s.from, row_ = ld;
-    }
-  }
-
-  // The same of the rows that follow, row by row through fill_row; only in pairs.
-  void begin(const Span& s) { at_ = data_ + s.from / 2, row_ = ld_; }
-
-  // f(j) makes the vector at column j.
-  template <typename F>
-  void fill_row(int row, const Span& s, F f) {
-    float* dst = data_ + int64_t(row) * ld_;
-    int j = s.from;
-    for (; j + 2 * W <= s.to; j += 2 * W) {
-      const vf first = f(j);
-      store_halves(dst + j / 2, first, f(j + W));
-    }
-    if (j < s.to) store_halves(dst + j / 2, f(j), vf{});
-  }
-
-  // rows × (to − from) times as many of b.
-  Gemm times(const Summed<PAIRS>& b, const Span& s, float* c, int ldc) const {
-    const int words = PAIRS ? (s.to - s.from) / 2 : s.to - s.from;
-    return {at_, row_, 1, b.at(s.from), b.ld, c, ldc, c, ldc, words};
-  }
-
- private:
-  const int ld_;
-  Buffer data_;
-  const float* at_ = nullptr;
-  int row_ = 0;
-};
-
-// The same turned round, to be added up over its rows.
-template <bool PAIRS>
-class TurnedWeights {
- public:
-  TurnedWeights() : ld_(PAIRS ? spread(BLOCK_KEYS) : 0), data_(int64_t(TILE_ROWS + 1) / 2 * ld_) {}
-
-  void take(const float* x, int ld, int rows, const Span& s) {
-    rows_ = rows;
-    if constexpr (PAIRS) {
-      for (int i = 0; i < rows; i += 2)
-        for (int j = s.from; j < s.to; j += W) {
-          const float* at = x + int64_t(i) * ld + j;
-          store_mated(data_ + i / 2 * ld_ + j, load(at), i + 1 < rows ? load(at + ld) : vf{});
-        }
-      at_ = data_ + s.from, col_ = ld_;
-    } else {
-      at_ = x + s.from, col_ = ld;
-    }
-  }
-
-  // (to − from) × rows times as many of b.
-  Gemm times(const Summed<PAIRS>& b, float* c, int ldc) const {
-    return {at_, 1, col_, b.at(0), b.ld, c, ldc, c, ldc, PAIRS ? (rows_ + 1) / 2 : rows_};
-  }
-
- private:
-  const int ld_;
-  Buffer data_;
-  const float* at_ = nullptr;
-  int col_ = 0, rows_ = 0;
 };
 
 // The logits of tiles, in units of log2(e).

@@ -5,14 +5,10 @@
 
 #include <algorithm>
 
-#include "cpu/_gemm.h"
+#include "cpu/_pack.h"
 #include "cpu/_sampling.h"
-#include "cpu/_scratch.h"
 
 namespace accel::ACCEL_ISA::deform {
-
-// Row stride for n floats: an odd number of cache lines, so that a column does not fall into a few sets of the cache.
-inline int64_t spread(int64_t n) { return 16 * (round_up(n, 16) / 16 | 1); }
 
 // The corners of every output's sample of one tap, as corners_of has them, and its mask.
 struct TapCorners {
