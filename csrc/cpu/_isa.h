@@ -12,7 +12,24 @@ Isa best_isa();       // the fastest of them, in use from the start
 Isa isa();            // the level in use
 void set_isa(Isa x);  // for tests: every level gives the right result, only the speed differs
 
-// The function of the level in use, from the namespaces a kernel header declares: ACCEL_LEVEL(forward)(params, ...).
+// Declares the functions of a kernel in `space` of every level, where `op` names the namespace of their parameters; ranges
+// [from, to) among those are what parallel_for hands out.
+#define ACCEL_DECLARE_AT(level, op, space, ...) \
+  namespace accel::level::space {               \
+  using namespace accel::op;                    \
+  __VA_ARGS__                                   \
+  }
+#if defined(__x86_64__)
+#define ACCEL_DECLARE(op, space, ...)                 \
+  ACCEL_DECLARE_AT(portable, op, space, __VA_ARGS__) \
+  ACCEL_DECLARE_AT(avx2, op, space, __VA_ARGS__)     \
+  ACCEL_DECLARE_AT(avx512, op, space, __VA_ARGS__)   \
+  ACCEL_DECLARE_AT(avx512_bf16, op, space, __VA_ARGS__)
+#else
+#define ACCEL_DECLARE(op, space, ...) ACCEL_DECLARE_AT(portable, op, space, __VA_ARGS__)
+#endif
+
+// The function of the level in use, of those declared: ACCEL_LEVEL(space::forward)(params, ...).
 #if defined(__x86_64__)
 #define ACCEL_LEVEL(function)                                                   \
   (::accel::isa() == ::accel::Isa::avx512_bf16 ? ::accel::avx512_bf16::function \

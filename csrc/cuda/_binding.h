@@ -19,9 +19,6 @@ aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace accel {
 
-using Ints = std::vector<int64_t>;
-using Bools = std::vector<bool>;
-
 constexpr int64_t scratch_at_once = int64_t{256} << 20;  // bytes, if that is enough for one image
 
 inline void check_launch(int error, const char* what) {

@@ -13,7 +13,6 @@
 namespace accel::deform_conv2d {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 using torch::stable::transpose;
 
 #ifndef ACCEL_COLUMNS_AT_ONCE  // a test takes few at once

@@ -10,15 +10,12 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
-#include "cpu/_isa.h"
+#include "cpu/_binding.h"
 #include "params.h"
 
 namespace accel::softmax_attention {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
 constexpr double LOG2_E = 1.4426950408889634;
 
 // Everything a call needs besides its tensors: what the parameters point into.
@@ -29,13 +26,6 @@ struct Call {
   std::vector<Tensor> keep;
   std::vector<float> line, table;
 };
-
-Dtype dtype_of(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Float) return Dtype::f32;
-  if (x.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "softmax_attention takes float32, bfloat16 and float16");
-  return Dtype::f16;
-}
 
 Strided strided(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a 4-D CPU tensor");
@@ -213,7 +203,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalT
   p.q = strided(q, "q"), p.k = strided(k, "k"), p.v = strided(v, "v");
   p.batch = q.size(0), p.heads = q.size(1), p.queries = q.size(2), p.keys = k.size(2), p.kv_heads = k.size(1);
   p.head_dim = int(q.size(3)), p.value_dim = int(v.size(3));
-  p.dtype = dtype_of(q);
+  p.dtype = dtype_of(q, "softmax_attention takes");
   STD_TORCH_CHECK(k.size(0) == p.batch && v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.keys &&
                       k.size(3) == p.head_dim && p.kv_heads > 0 && p.heads % p.kv_heads == 0,
                   "q, k and v do not fit");

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-namespace accel::softmax_attention {
+#include "cpu/_dtype.h"
+#include "cpu/_isa.h"
 
-enum class Dtype : int { f32, bf16, f16 };
+namespace accel::softmax_attention {
 
 // (B, H, tokens, size) with any strides, in elements, and the last axis contiguous.
 struct Strided {
@@ -78,28 +79,10 @@ struct BackwardParams {
   float* part_table;       // (batch_runs · key_runs, Hq, table_rows) as table is, or null
 };
 
-#define ACCEL_SOFTMAX_ATTENTION_LEVEL                                               \
-  void softmax_attention_forward(const Params& p, int64_t from, int64_t to);        \
-  void softmax_attention_backward(const BackwardParams& p, int64_t from, int64_t to); \
-  void softmax_attention_sum_queries(const BackwardParams& p, int64_t from, int64_t to);
-
 }  // namespace accel::softmax_attention
 
-namespace accel::portable::softmax {
-using namespace accel::softmax_attention;
-ACCEL_SOFTMAX_ATTENTION_LEVEL
-}
-#if defined(__x86_64__)
-namespace accel::avx2::softmax {
-using namespace accel::softmax_attention;
-ACCEL_SOFTMAX_ATTENTION_LEVEL
-}
-namespace accel::avx512::softmax {
-using namespace accel::softmax_attention;
-ACCEL_SOFTMAX_ATTENTION_LEVEL
-}
-namespace accel::avx512_bf16::softmax {
-using namespace accel::softmax_attention;
-ACCEL_SOFTMAX_ATTENTION_LEVEL
-}
-#endif
+ACCEL_DECLARE(softmax_attention, softmax,
+  void softmax_attention_forward(const Params& p, int64_t from, int64_t to);
+  void softmax_attention_backward(const BackwardParams& p, int64_t from, int64_t to);
+  void softmax_attention_sum_queries(const BackwardParams& p, int64_t from, int64_t to);
+)

@@ -9,7 +9,7 @@
 
 #include "cpu/_sampling.h"
 
-namespace accel::ACCEL_ISA {
+namespace accel::ACCEL_ISA::bins {
 namespace {
 
 // x where the weight is not 0, else 0.
@@ -105,4 +105,4 @@ void spread_bins(const Backward& b, int64_t from, int64_t to) {
   }
 }
 
-}  // namespace accel::ACCEL_ISA
+}  // namespace accel::ACCEL_ISA::bins

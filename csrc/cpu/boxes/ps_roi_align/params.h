@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-namespace accel::ps_roi_align {
+#include "cpu/_dtype.h"
+#include "cpu/_isa.h"
 
-enum class Dtype : int { f32, bf16, f16 };
+namespace accel::ps_roi_align {
 
 // A bin on one axis: the weights of `count` pixels from `first` on, and what their sum is divided by.
 struct Span {
@@ -38,28 +39,9 @@ struct Backward {
   void* grad_input;      // (N, C, H, W)
 };
 
-// One set per instruction-set level; ranges are what parallel_for hands out.
-#define ACCEL_PS_ROI_LEVEL                                                                     \
-  void gather_bins(const Forward& f, int64_t from, int64_t to);    /* boxes */                 \
-  void spread_bins(const Backward& b, int64_t from, int64_t to);   /* planes, one a channel */
-
 }  // namespace accel::ps_roi_align
 
-namespace accel::portable {
-using namespace accel::ps_roi_align;
-ACCEL_PS_ROI_LEVEL
-}
-#if defined(__x86_64__)
-namespace accel::avx2 {
-using namespace accel::ps_roi_align;
-ACCEL_PS_ROI_LEVEL
-}
-namespace accel::avx512 {
-using namespace accel::ps_roi_align;
-ACCEL_PS_ROI_LEVEL
-}
-namespace accel::avx512_bf16 {
-using namespace accel::ps_roi_align;
-ACCEL_PS_ROI_LEVEL
-}
-#endif
+ACCEL_DECLARE(ps_roi_align, bins,
+  void gather_bins(const Forward& f, int64_t from, int64_t to);  // boxes
+  void spread_bins(const Backward& b, int64_t from, int64_t to);  // planes, one a channel
+)

@@ -5,13 +5,10 @@
 #include <cmath>
 #include <vector>
 
-#include "check.h"
-#include "cpu/_isa.h"
+#include "cpu/_binding.h"
 #include "params.h"
 
 namespace accel::ps_roi_align {
-
-using Ints = std::vector<int64_t>;
 
 constexpr float LIMIT = 1 << 22;  // pixels; accel/ops/boxes/bins.py says why
 
@@ -39,13 +36,7 @@ Plan make_plan(const Tensor& x, const Tensor& boxes, const Ints& size, const Int
                       p.channels % (bins[0] * bins[1]) == 0,
                   p.channels, " channels are no multiple of ", bins[0], " x ", bins[1], " bins");
   p.bins_y = int(bins[0]), p.bins_x = int(bins[1]);
-  if (x.scalar_type() == ScalarType::Float) {
-    p.dtype = Dtype::f32;
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half,
-                    "bins are made of float32, bfloat16 and float16");
-    p.dtype = x.scalar_type() == ScalarType::BFloat16 ? Dtype::bf16 : Dtype::f16;
-  }
+  p.dtype = dtype_of(x, "bins are made of");
   STD_TORCH_CHECK(boxes.dim() == 2, "boxes must be (K, 5)");
   p.boxes = boxes.size(0);
   check_f32(boxes, "boxes", p.boxes * 5);
@@ -80,7 +71,7 @@ inline Tensor run_forward(const Params& p, const Tensor& input) {
   check_cpu(input, "input");
   Tensor out = torch::stable::new_empty(input, {p.boxes, p.channels / (p.bins_y * p.bins_x), p.bins_y, p.bins_x});
   const Forward f{p, input.const_data_ptr(), out.mutable_data_ptr()};
-  const auto run = ACCEL_LEVEL(gather_bins);
+  const auto run = ACCEL_LEVEL(bins::gather_bins);
   torch::stable::parallel_for(0, p.boxes, 1, [&](int64_t from, int64_t to) { run(f, from, to); });
   return out;
 }
@@ -90,7 +81,7 @@ inline Tensor run_backward(const Params& p, const Tensor& grad_out) {
   STD_TORCH_CHECK(grad_out.numel() == p.boxes * p.channels, "grad_out must have the shape of the output");
   Tensor grad_input = torch::stable::new_empty(grad_out, {p.batch, p.channels, p.height, p.width});
   const Backward b{p, grad_out.const_data_ptr(), grad_input.mutable_data_ptr()};
-  const auto run = ACCEL_LEVEL(spread_bins);
+  const auto run = ACCEL_LEVEL(bins::spread_bins);
   torch::stable::parallel_for(0, p.batch * p.channels, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
   return grad_input;
 }

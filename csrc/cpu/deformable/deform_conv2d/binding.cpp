@@ -6,25 +6,14 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
-#include "cpu/_isa.h"
+#include "cpu/_binding.h"
 #include "params.h"
 
 namespace accel::deform_conv2d {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
 // Bytes of scratch memory a call may hold beside its arguments and results, where sizes leave the choice.
 constexpr int64_t IMAGES_AT_ONCE = 8 << 20, SPOTS_AT_ONCE = 6 << 20;
-
-Dtype dtype_of(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Float) return Dtype::f32;
-  if (x.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "deform_conv2d takes float32, bfloat16 and float16");
-  return Dtype::f16;
-}
 
 Map map_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, name, " must be a 4-D CPU tensor");
@@ -54,7 +43,7 @@ Params describe(const Tensor& input, const Tensor& offset, const Tensor& weight,
                 const OptionalTensor& mask, const Ints& stride, const Ints& padding, const Ints& dilation) {
   Params p{};
   p.input = map_of(input, "input");
-  p.dtype = dtype_of(input);
+  p.dtype = dtype_of(input, "deform_conv2d takes");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding, dilation are pairs");
   check_cpu(weight, "weight");
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.scalar_type() == input.scalar_type(),
@@ -164,7 +153,7 @@ std::vector<Chunk> cut_chunks(const Params& p, int64_t* width) {
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Grads backward(Tensor grad_out, Tensor input, Tensor offset, Tensor weight, OptionalTensor bias, OptionalTensor mask,
-               Ints stride, Ints padding, Ints dilation, std::vector<bool> needs) {
+               Ints stride, Ints padding, Ints dilation, Bools needs) {
   BackwardParams b{};
   b.p = describe(input, offset, weight, bias, mask, stride, padding, dilation);
   Params& p = b.p;

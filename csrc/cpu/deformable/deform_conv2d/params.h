@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-namespace accel::deform_conv2d {
+#include "cpu/_dtype.h"
+#include "cpu/_isa.h"
 
-enum class Dtype : int { f32, bf16, f16 };
+namespace accel::deform_conv2d {
 
 // (N, channels, pixels) in elements; contiguous or channels_last.
 struct Map {
@@ -73,33 +74,15 @@ struct BackwardParams {
   bool want_input;
 };
 
-#define ACCEL_DEFORM_CONV2D_LEVEL                                                       \
-  int64_t weight_words(const Params& p);                                                \
-  void pack_weight(const ForwardParams& f, int64_t from, int64_t to);                   \
-  void pack_image(const ForwardParams& f, int64_t from, int64_t to);                    \
-  void forward(const ForwardParams& f, int64_t from, int64_t to);                       \
-  void backward(const BackwardParams& b, int64_t from, int64_t to);                     \
-  void sum_spots(const BackwardParams& b, int64_t chunks, int64_t from, int64_t to);    \
-  void unpack_grad_weight(const BackwardParams& b, int64_t from, int64_t to);           \
-  void sum_bias(const BackwardParams& b, int64_t from, int64_t to);
-
 }  // namespace accel::deform_conv2d
 
-namespace accel::portable::deform {
-using namespace accel::deform_conv2d;
-ACCEL_DEFORM_CONV2D_LEVEL
-}
-#if defined(__x86_64__)
-namespace accel::avx2::deform {
-using namespace accel::deform_conv2d;
-ACCEL_DEFORM_CONV2D_LEVEL
-}
-namespace accel::avx512::deform {
-using namespace accel::deform_conv2d;
-ACCEL_DEFORM_CONV2D_LEVEL
-}
-namespace accel::avx512_bf16::deform {
-using namespace accel::deform_conv2d;
-ACCEL_DEFORM_CONV2D_LEVEL
-}
-#endif
+ACCEL_DECLARE(deform_conv2d, deform,
+  int64_t weight_words(const Params& p);
+  void pack_weight(const ForwardParams& f, int64_t from, int64_t to);
+  void pack_image(const ForwardParams& f, int64_t from, int64_t to);
+  void forward(const ForwardParams& f, int64_t from, int64_t to);
+  void backward(const BackwardParams& b, int64_t from, int64_t to);
+  void sum_spots(const BackwardParams& b, int64_t chunks, int64_t from, int64_t to);
+  void unpack_grad_weight(const BackwardParams& b, int64_t from, int64_t to);
+  void sum_bias(const BackwardParams& b, int64_t from, int64_t to);
+)

@@ -4,9 +4,10 @@
 
 #include <cstdint>
 
-namespace accel::ms_deform_attn {
+#include "cpu/_dtype.h"
+#include "cpu/_isa.h"
 
-enum class Dtype : int { f32, bf16, f16 };
+namespace accel::ms_deform_attn {
 
 // What holds for point p of every query and head. Its position on the map, in pixels, is
 //   base of the query + place + scale · (what the tensor of positions says).
@@ -56,30 +57,11 @@ struct Backward {
   int64_t map() const { return (p.pixels + 1) * row; }  // floats
 };
 
-// One set per instruction-set level; ranges are what parallel_for hands out.
-#define ACCEL_MS_DEFORM_ATTN_LEVEL                                                                       \
-  void pack_maps(const Forward& f, int64_t from, int64_t to);      /* rows of the pairs' maps */         \
-  void sum_samples(const Forward& f, int64_t from, int64_t to);    /* units: (pair, chunk of queries) */ \
-  void sum_gradients(const Backward& b, int64_t from, int64_t to); /* tasks: (pair, part) */             \
-  void collect_maps(const Backward& b, int64_t from, int64_t to);  /* rows of the pairs' maps */
-
 }  // namespace accel::ms_deform_attn
 
-namespace accel::portable {
-using namespace accel::ms_deform_attn;
-ACCEL_MS_DEFORM_ATTN_LEVEL
-}
-#if defined(__x86_64__)
-namespace accel::avx2 {
-using namespace accel::ms_deform_attn;
-ACCEL_MS_DEFORM_ATTN_LEVEL
-}
-namespace accel::avx512 {
-using namespace accel::ms_deform_attn;
-ACCEL_MS_DEFORM_ATTN_LEVEL
-}
-namespace accel::avx512_bf16 {
-using namespace accel::ms_deform_attn;
-ACCEL_MS_DEFORM_ATTN_LEVEL
-}
-#endif
+ACCEL_DECLARE(ms_deform_attn, samples,
+  void pack_maps(const Forward& f, int64_t from, int64_t to);  // rows of the pairs' maps
+  void sum_samples(const Forward& f, int64_t from, int64_t to);  // units: (pair, chunk of queries)
+  void sum_gradients(const Backward& b, int64_t from, int64_t to);  // tasks: (pair, part)
+  void collect_maps(const Backward& b, int64_t from, int64_t to);  // rows of the pairs' maps
+)

@@ -6,22 +6,12 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
-#include "cpu/_isa.h"
+#include "cpu/_binding.h"
 #include "params.h"
 
 namespace accel::ms_deform_attn {
 
-using Ints = std::vector<int64_t>;
-using Bools = std::vector<bool>;
 using Grads = std::tuple<Tensor, Tensor, Tensor>;
-
-inline Dtype dtype_of(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Float) return Dtype::f32;
-  if (x.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "samples are taken of float32, bfloat16 and float16");
-  return Dtype::f16;
-}
 
 // The sizes, and the three tensors that must agree with them.
 inline Params describe(const Tensor& value, const Tensor& positions, const Tensor& weights, int64_t batch,
@@ -33,7 +23,7 @@ inline Params describe(const Tensor& value, const Tensor& positions, const Tenso
                   "a map must have pixels, heads and channels, at most 2^31 − 2 of each");
   STD_TORCH_CHECK(!point.empty() && point.size() <= 1 << 20, "there must be points, at most 2^20");
   p.points = int(point.size());
-  p.dtype = dtype_of(value);
+  p.dtype = dtype_of(value, "samples are taken of");
   check_cpu(value, "the map");
   STD_TORCH_CHECK(value.numel() == batch * pixels * heads * channels, "the map has ", value.numel(), " elements");
   const int64_t samples = batch * queries * heads * p.points;
@@ -100,7 +90,7 @@ inline Tensor run_forward(const Params& p, const Tensor& value, const Ints& shap
   f.stream = streams(out.numel() * int64_t(out.element_size()), p.channels * int64_t(out.element_size()), f.out);
   const int64_t all = p.batch * p.heads, chunks = (p.queries + f.chunk - 1) / f.chunk, rows = p.pixels + 1;
   if (all * chunks == 0) return out;
-  auto pack = ACCEL_LEVEL(pack_maps), run = ACCEL_LEVEL(sum_samples);
+  auto pack = ACCEL_LEVEL(samples::pack_maps), run = ACCEL_LEVEL(samples::sum_samples);
   auto together = [&](int64_t first, int64_t pairs) {
     f.first_pair = first;
     if (f.packed)
@@ -157,7 +147,7 @@ inline Grads run_backward(const Params& p, const Tensor& grad_out, const Tensor&
   b.row = b.values + p.channels;
   b.packed = needs[0] && reads(p) >= READS_THAT_PAY && 4 * b.map() <= MOST_OF_MAP;
   if (!b.packed) b.values = 0, b.row = p.channels;
-  auto run = ACCEL_LEVEL(sum_gradients), collect = ACCEL_LEVEL(collect_maps);
+  auto run = ACCEL_LEVEL(samples::sum_gradients), collect = ACCEL_LEVEL(samples::collect_maps);
   auto together = [&](int64_t first, int64_t pairs) {
     b.first_pair = first;
     torch::stable::parallel_for(0, pairs * b.parts, 1, [&](int64_t from, int64_t to) { run(b, from, to); });

@@ -5,27 +5,16 @@
 #include <tuple>
 #include <vector>
 
-#include "check.h"
-#include "cpu/_isa.h"
+#include "cpu/_binding.h"
 #include "params.h"
 
 namespace accel::window_attention {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-using Ints = std::vector<int64_t>;
-
 struct Call {
   Params p{};
   Tensor logit_bias;  // what p.logit_bias points into
 };
-
-Dtype dtype_of(const Tensor& x) {
-  if (x.scalar_type() == ScalarType::Float) return Dtype::f32;
-  if (x.scalar_type() == ScalarType::BFloat16) return Dtype::bf16;
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "window_attention takes float32, bfloat16 and float16");
-  return Dtype::f16;
-}
 
 Call describe(const Tensor& qkv, const OptionalTensor& table, const OptionalTensor& bias,
               const OptionalTensor& head_scale, const OptionalTensor& qkv_bias, const OptionalTensor& seed,
@@ -61,7 +50,7 @@ Call describe(const Tensor& qkv, const OptionalTensor& table, const OptionalTens
   p.roll_first = roll_first;
   p.scale = float(scale);
   p.mask_value = float(mask_value);
-  p.dtype = dtype_of(qkv);
+  p.dtype = dtype_of(qkv, "window_attention takes");
   p.qkv = qkv.const_data_ptr();
   p.head_scale = data_or_null(head_scale);
   p.qkv_bias = data_or_null(qkv_bias);
@@ -75,12 +64,12 @@ Call describe(const Tensor& qkv, const OptionalTensor& table, const OptionalTens
     p.keep_scale = float(1.0 / (1.0 - dropout_p));
   }
 
-  const int64_t ld = padded_to(tokens, ACCEL_LEVEL(width)());
+  const int64_t ld = padded_to(tokens, ACCEL_LEVEL(window::width)());
   const bool biased = table || bias;
   const int64_t bias_heads = biased ? heads : 1;
   call.logit_bias = torch::stable::new_empty(qkv, {bias_heads, tokens, ld}, ScalarType::Float);
   float* out = mutable_floats(call.logit_bias);
-  auto expand = ACCEL_LEVEL(expand_bias);
+  auto expand = ACCEL_LEVEL(window::expand_bias);
   torch::stable::parallel_for(0, bias_heads, 4, [&](int64_t from, int64_t to) {
     expand(p, data_or_null(table), data_or_null(bias), out, from, to);
   });
@@ -100,7 +89,7 @@ std::tuple<Tensor, Tensor> forward(Tensor qkv, OptionalTensor table, OptionalTen
   Tensor lse = torch::stable::new_empty(qkv, {p.batch * p.windows, heads, int64_t(p.tokens)}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
   p.lse = mutable_floats(lse);
-  auto run = ACCEL_LEVEL(window_attention_forward);
+  auto run = ACCEL_LEVEL(window::window_attention_forward);
   torch::stable::parallel_for(0, p.batch * p.windows * heads, 1,
                               [&](int64_t from, int64_t to) { run(p, from, to); });
   return {out, lse};
@@ -165,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor grad_qkv = torch::stable::empty_like(qkv);
   b.grad_qkv = grad_qkv.mutable_data_ptr();
 
-  auto run = ACCEL_LEVEL(window_attention_backward);
+  auto run = ACCEL_LEVEL(window::window_attention_backward);
   torch::stable::parallel_for(0, b.groups * b.chunks, 1, [&](int64_t from, int64_t to) { run(b, from, to); });
 
   Tensor grad_table = floats(want_table, {b.table_rows, heads});

@@ -15,7 +15,7 @@
 #include "cpu/_scratch.h"
 #include "cpu/_table.h"
 
-namespace accel::ACCEL_ISA {
+namespace accel::ACCEL_ISA::window {
 
 constexpr float NORM_EPS = 1e-12f;
 
@@ -525,4 +525,4 @@ void window_attention_backward(const BackwardParams& p, int64_t from, int64_t to
   if (p.forward.dtype == Dtype::f16) run_backward<fp16>(p, from, to);
 }
 
-}  // namespace accel::ACCEL_ISA
+}  // namespace accel::ACCEL_ISA::window

@@ -3,9 +3,10 @@
 
 #include <cstdint>
 
-namespace accel::window_attention {
+#include "cpu/_dtype.h"
+#include "cpu/_isa.h"
 
-enum class Dtype : int { f32, bf16, f16 };
+namespace accel::window_attention {
 
 struct Params {
   int64_t batch, windows;  // windows of one image
@@ -46,30 +47,11 @@ struct BackwardParams {
 // ld of a row of N logits: whole vectors of the level in use.
 constexpr int64_t padded_to(int64_t n, int64_t width) { return (n + width - 1) / width * width; }
 
-// One set per instruction-set level; ranges are what parallel_for hands out.
-#define ACCEL_WINDOW_ATTENTION_LEVEL                                                                             \
-  int width();                                                                                                   \
-  void expand_bias(const Params& p, const float* table, const float* dense, float* out, int64_t from, int64_t to); \
-  void window_attention_forward(const Params& p, int64_t from, int64_t to);                                      \
-  void window_attention_backward(const BackwardParams& p, int64_t from, int64_t to);
-
 }  // namespace accel::window_attention
 
-namespace accel::portable {
-using namespace accel::window_attention;
-ACCEL_WINDOW_ATTENTION_LEVEL
-}
-#if defined(__x86_64__)
-namespace accel::avx2 {
-using namespace accel::window_attention;
-ACCEL_WINDOW_ATTENTION_LEVEL
-}
-namespace accel::avx512 {
-using namespace accel::window_attention;
-ACCEL_WINDOW_ATTENTION_LEVEL
-}
-namespace accel::avx512_bf16 {
-using namespace accel::window_attention;
-ACCEL_WINDOW_ATTENTION_LEVEL
-}
-#endif
+ACCEL_DECLARE(window_attention, window,
+  int width();
+  void expand_bias(const Params& p, const float* table, const float* dense, float* out, int64_t from, int64_t to);
+  void window_attention_forward(const Params& p, int64_t from, int64_t to);
+  void window_attention_backward(const BackwardParams& p, int64_t from, int64_t to);
+)
