@@ -1,4 +1,4 @@
-"""The machine under the benchmark: allocator, peak memory, load from others, measured ceilings, and what to record."""
+"""The machine under the benchmark: allocator, peak memory, load from others, pace, and what to record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -123,83 +122,29 @@ class Pace:
 
     _GRAIN = 1 << 15  # elements that torch leaves to one thread: n times as many are work for n
 
-    def __init__(self, threads: int, seconds: float = 0.25) -> None:
+    def __init__(self, threads: int, seconds: float = 0.25, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._numbers = torch.linspace(1, 2, threads * self._GRAIN)
         self._powers = torch.empty_like(self._numbers)
         self.least = float("inf")
-        end = time.perf_counter() + seconds
-        while self.now() and time.perf_counter() < end:
+        end = clock() + seconds
+        while self.now() and clock() < end:
             pass
 
     def now(self) -> float:
         """Seconds, the best of three."""
         best = float("inf")
         for _ in range(3):
-            start = time.perf_counter()
+            start = self._clock()
             torch.pow(self._numbers, 1.7, out=self._powers)
-            best = min(best, time.perf_counter() - start)
+            best = min(best, self._clock() - start)
         self.least = min(self.least, best)
         return best
 
-
-# --- ceilings ---
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine was measured to do at best, in bytes and FLOPs a second."""
-
-    copy: tuple[tuple[int, float], ...]  # (bytes moved, bytes a second), ascending
-    matmul: dict[str, float]  # dtype name -> FLOP a second
-
-    def bandwidth(self, moved: int) -> float:
-        """The copy bandwidth at this size: what fits a cache is held against the cache."""
-        for size, rate in self.copy:
-            if moved <= size:
-                return rate
-        return self.copy[-1][1]
-
-    def floor_ms(self, flops: int, moved: int, dtype: str) -> float:
-        """The least time for this work: the slower of moving the bytes and of multiplying."""
-        return 1e3 * max(moved / self.bandwidth(moved), flops / self.matmul[dtype])
-
-
-def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> float:
-    best, end = float("inf"), time.perf_counter() + seconds
-    call()
-    while time.perf_counter() < end or best == float("inf"):
-        if device == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-            took = start.elapsed_time(stop) / 1e3
-        else:
-            begin = time.perf_counter()
-            call()
-            took = time.perf_counter() - begin
-        best = min(best, took)
-    return best
-
-
-def measure_ceilings(device: str, dtypes: Sequence[torch.dtype], seconds: float = 0.25) -> Ceilings:
-    """Time copies and square matrix products; a call's best time counts, since a ceiling is wanted."""
-    sizes = (2048 * MIB,) if device == "cuda" else (2 * MIB, 8 * MIB, 32 * MIB, 128 * MIB, 512 * MIB)
-    copy = []
-    for size in sizes:
-        source = torch.ones(size // 8, device=device)
-        target = torch.empty_like(source)
-        took = _best_seconds(lambda t=target, s=source: t.copy_(s), device, seconds / 2)  # type: ignore[misc]
-        copy.append((size, size / took))
-    matmul = {}
-    n = 8192 if device == "cuda" else 1024
-    for dtype in dtypes:
-        a = torch.randn(n, n, device=device, dtype=dtype)
-        b, out = torch.randn_like(a), torch.empty_like(a)
-        took = _best_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device, seconds)  # type: ignore[misc]
-        matmul[dtype_name(dtype)] = 2 * n**3 / took
-    return Ceilings(tuple(copy), matmul)
+    def slowness(self) -> float:
+        """The time now over the least there was, which this look may lower: never below 1."""
+        now = self.now()
+        return now / self.least
 
 
 # --- what to record ---

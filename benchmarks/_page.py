@@ -1,34 +1,50 @@
-"""One self-contained HTML page: goals on top, then pictures, the machine, and every row."""
+"""One self-contained HTML page: whole models first, then speed and memory by family; all the rest is folded below."""
 
 from __future__ import annotations
 
 import html
-import io
-import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
 
-from accel.benchmarks.harness import OURS, Row, concerns, geometric_mean
-
-if TYPE_CHECKING:
-    from accel.benchmarks.report import Results
-
-INK = "#123456"  # stands for the page's text colour in a picture; replaced by currentColor
-COLORS = {OURS: "#2f6fde", "compile": "#e08a1e", "sdpa": "#1f9d6b", "eager": "#8a94a3", "core stubbed out": "#b9a3e3"}
-GOAL = "#d6336c"
+from accel.benchmarks import _svg, models
+from accel.benchmarks._plots import pictures
+from accel.benchmarks._results import Results
+from accel.benchmarks._tables import (
+    GOAL_HEADER,
+    ROW_HEADER,
+    Match,
+    ceilings,
+    disturbed,
+    goal_cells,
+    matches,
+    number,
+    remarks,
+    row_cells,
+    speedups,
+    summary,
+)
+from accel.benchmarks.harness import OURS
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #667085; --line: #e3e7ed; --page: #ffffff; --panel: #f7f9fb;
-  --good: #177245; --bad: #c0262d; }
+  --good: #177245; --bad: #c0262d; --blue: #2f6fde; --grey: #b3bbc7; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #98a3b3; --line: #2b3440; --page: #11161d;
-  --panel: #181f28; --good: #4cc38a; --bad: #ff7b7f; } }
+  --panel: #181f28; --good: #4cc38a; --bad: #ff7b7f; --blue: #5b93f5; --grey: #566173; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 2.5rem 1.5rem 4rem; background: var(--page); color: var(--ink);
+body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.2rem 4rem; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; letter-spacing: -.01em; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 .7rem; } h3 { font-size: 1.05rem; margin: 1.8rem 0 .5rem; }
 p { margin: .3rem 0; max-width: 50rem; } .soft { color: var(--soft); }
 .verdict { font-size: 1.05rem; margin: .8rem 0 0; font-weight: 600; }
+.cards, .bars { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: .9rem; }
+.bars { grid-template-columns: repeat(auto-fill, minmax(min(100%, 23rem), 1fr)); align-items: start; }
+.card, .bars > svg { border: 1px solid var(--line); border-radius: .6rem; padding: .9rem 1.1rem; }
+.bars > svg { padding: .7rem .6rem; width: 100%; height: auto; display: block; }
+.card h3 { margin: 0; } .card .big { font-size: 2rem; font-weight: 650; line-height: 1.25; letter-spacing: -.02em; }
+.card p { margin: .1rem 0; } .card b { font-weight: 600; }
+.meter { display: grid; grid-template-columns: 1fr auto; gap: 0 .7rem; align-items: center; }
+.meter i { display: block; height: .55rem; border-radius: .2rem; background: var(--grey); }
+.meter i.ours { background: var(--blue); }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .38rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -44,27 +60,33 @@ code { font: 12px ui-monospace, "DejaVu Sans Mono", monospace; background: var(-
 figure { margin: 0; padding: .8rem; border: 1px solid var(--line); border-radius: .5rem; color: var(--ink); }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { color: var(--soft); font-size: .9em; padding: .4rem .3rem 0; }
-details { margin: .8rem 0; } summary { cursor: pointer; color: var(--soft); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 0; }
+details { margin: .7rem 0; border: 1px solid var(--line); border-radius: .6rem; padding: .2rem 1.1rem; }
+details[open] { padding-bottom: 1rem; } details details { padding: .1rem .8rem; }
+summary { cursor: pointer; font-weight: 600; padding: .5rem 0; } details details summary { font-weight: 400; }
+dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .2rem 1.2rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
 def page(results: Results) -> str:
-    facts = results.environment
-    where = " · ".join(str(facts[k]) for k in ("device name", "date") if facts.get(k))
-    if facts.get("commit"):
-        where += f" · commit {facts['commit']}"
+    facts, found = results.environment, matches(results)
+    where = [str(facts.get("device name", "")), f"{facts.get('threads')} threads", f"torch {facts.get('torch')}"]
+    where += [str(facts.get("date", "")), *([f"commit {facts['commit']}"] if facts.get("commit") else [])]
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>accel benchmark</title><style>{STYLE}</style></head><body>",
-        f"<h1>accel benchmark</h1><p class='soft'>{_text(where)}</p>",
-        _head(results),
+        f"<title>accel benchmark</title><style>{STYLE}{_svg.STYLE}</style></head><body>",
+        f"<h1>accel benchmark</h1><p class='soft'>{_text(' · '.join(where))}</p>",
+        f"<p class='verdict'>{_text(summary(results))}</p>",
+        _warning(results),
+        _models([match for match in found if match.ours.op == models.NAME]),
+        _speed([match for match in found if match.ours.op != models.NAME]),
+        _memory(found),
+        "<h2>Everything</h2>",
         _goals(results),
-        *_pictures(results),
+        _folded("Pictures: speed-ups with goals, roofline, training", "\n".join(pictures(results))),
+        *_rows(results),
         _environment(results),
-        _rows(results),
         "</body></html>",
     ]
     return "\n".join(p for p in parts if p)
@@ -74,17 +96,82 @@ def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _head(results: Results) -> str:
-    from accel.benchmarks.report import disturbed, remarks, summary
+def _folded(title: str, body: str) -> str:
+    return f"<details><summary>{_text(title)}</summary>{body}</details>" if body else ""
 
-    parts = [f"<p class='verdict'>{_text(summary(results))}</p>"]
+
+def _warning(results: Results) -> str:
+    parts = []
     if disturbed(results):
         parts.append(
             f"<p class='bad'>{disturbed(results)} of {len(results.rows)} rows were disturbed by other load on the "
             "machine; their times are marked below.</p>"
         )
-    parts += [f"<p class='soft'>{_text(note)}</p>" for note in remarks(results)]
+    if results.not_run:
+        parts.append(f"<p class='bad'>Not run for want of time: {_text('; '.join(results.not_run))}.</p>")
     return "\n".join(parts)
+
+
+# --- what a visitor wants ---
+
+
+def _models(found: Sequence[Match]) -> str:
+    if not found:
+        return ""
+    cards = []
+    for match in found:
+        row = match.ours
+        equal = "equal outputs"
+        if row.error is not None and match.rival.error is not None:
+            equal += f" (off from float64 by {row.error:.0e}, unpatched {match.rival.error:.0e})"
+        memory = ""
+        if match.memory is not None:
+            memory = f"<p>memory {number(match.rival.peak_mib)} → <b>{number(row.peak_mib)}</b> MiB</p>"
+        cards.append(
+            f"<div class='card'><h3>{_text(row.group)}</h3><p class='soft'>{_text(row.mode)}, {_text(row.dtype)}, "
+            f"{_text(row.shape)}</p><div class='big'>{match.speedup:.2f}×</div>"
+            f"<p>{number(match.rival.p50_ms)} → <b>{number(row.p50_ms)}</b> ms</p>{memory}"
+            f"<p class='soft'>{_text(equal)}</p></div>"
+        )
+    text = "The same model before and after <code>accel.patch(model)</code>, median times of interleaved runs."
+    return f"<h2>Whole models</h2><p class='soft'>{text}</p><div class='cards'>{''.join(cards)}</div>"
+
+
+def _speed(found: Sequence[Match]) -> str:
+    if not found:
+        return ""
+    dtypes = dict.fromkeys(match.ours.dtype for match in found)
+    box = "<svg class='sv' width='10' height='10'><rect width='10' height='10' rx='2' class='{0}'/></svg> {0}"
+    keys = " ".join(box.format(dtype) for dtype in dtypes)
+    text = f"Times as fast as what people use today, on a logarithmic scale. {keys}"
+    return f"<h2>Speed by family</h2><p class='soft'>{text}</p><div class='bars'>{''.join(_svg.panels(found))}</div>"
+
+
+def _memory(found: Sequence[Match]) -> str:
+    """The case of each op and mode whose rival needs most: what that is, and what ours needs."""
+    most: dict[tuple[str, str], Match] = {}
+    for match in sorted(found, key=lambda match: match.rival.peak_mib or 0.0):
+        if match.memory is not None and match.ours.op != models.NAME:
+            most[match.ours.op, match.ours.mode] = match
+    cards = []
+    for match in most.values():
+        theirs, ours = match.rival.peak_mib or 0.0, match.ours.peak_mib or 0.0
+        lines = []
+        for name, value, kind in ((_svg.against(match), theirs, ""), (OURS, ours, "ours")):
+            width = max(1.0, 100 * value / max(theirs, ours))
+            lines.append(f"<i class='{kind}' style='width:{width:.1f}%'></i>")
+            lines.append(f"<span>{number(value)} MiB, {_text(name)}</span>")
+        cards.append(
+            f"<div class='card'><p><b>{_text(match.title)}</b> <span class='soft'>{_text(match.ours.mode)}, "
+            f"{_text(match.ours.dtype)}</span></p><div class='meter'>{''.join(lines)}</div></div>"
+        )
+    if not cards:
+        return ""
+    text = "What a call needs at its worst moment beyond what is held before it."
+    return f"<h2>Memory</h2><p class='soft'>{text}</p><div class='cards'>{''.join(cards)}</div>"
+
+
+# --- what is folded ---
 
 
 def _table(header: Sequence[str], body: Iterable[str], numbers: Sequence[int], kind: str = "") -> str:
@@ -96,8 +183,6 @@ def _table(header: Sequence[str], body: Iterable[str], numbers: Sequence[int], k
 
 
 def _goals(results: Results) -> str:
-    from accel.benchmarks.report import GOAL_HEADER, goal_cells
-
     verdicts = results.verdicts()
     if not verdicts:
         return ""
@@ -108,28 +193,30 @@ def _goals(results: Results) -> str:
         classes = ["", "n", f"n {state}", "n", state, "note"]
         pairs_ = zip(classes, cells, strict=True)
         body.append("<tr>" + "".join(f"<td class='{c}'>{_text(v)}</td>" for c, v in pairs_) + "</tr>")
-    text = "Speed-ups are ratios of medians of interleaved runs, as geometric means over the shifts."
-    return f"<h2>Goals</h2><p class='soft'>{text}</p>" + _table(GOAL_HEADER, body, (1, 2, 3))
+    met = sum(verdict.met is True for verdict in verdicts)
+    text = (
+        "Speed-ups are ratios of medians of interleaved runs, as geometric means over what varies inside a row's group."
+    )
+    table = f"<p class='soft'>{text}</p>" + _table(GOAL_HEADER, body, (1, 2, 3))
+    return _folded(f"Goals: {met} of {sum(verdict.met is not None for verdict in verdicts)} met", table)
 
 
 def _environment(results: Results) -> str:
     facts = {k: v for k, v in results.environment.items() if v is not None and k != "command"}
-    ceilings = results.ceilings
-    facts["copy bandwidth"] = ", ".join(f"{_size(size)}: {rate / 1e9:.1f} GB/s" for size, rate in ceilings.copy)
-    facts["matrix product"] = ", ".join(f"{n}: {rate / 1e12:.3g} TFLOP/s" for n, rate in ceilings.matmul.items())
+    facts["copy bandwidth"] = ", ".join(f"{_size(size)}: {rate / 1e9:.1f} GB/s" for size, rate in results.ceilings.copy)
+    facts["ceilings"] = "; ".join(ceilings(results)[1:])
     items = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
     command = f"<p><code>{_text(results.environment['command'])}</code></p>"
-    return f"<h2>Environment</h2>{command}<dl>{items}</dl>"
+    notes = "".join(f"<p class='soft'>{_text(note)}</p>" for note in remarks(results))
+    return _folded("The machine, and how it was measured", f"{command}{notes}<dl>{items}</dl>")
 
 
 def _size(size: int) -> str:
     return f"{size >> 30} GiB" if size >= 1 << 30 else f"{size >> 20} MiB"
 
 
-def _rows(results: Results) -> str:
-    from accel.benchmarks.report import ROW_HEADER, row_cells, speedups
-
-    factor, parts = speedups(results.rows), []
+def _rows(results: Results) -> Iterable[str]:
+    factor = speedups(results.rows)
     numbers = range(3, len(ROW_HEADER) - 1)
     for op in dict.fromkeys(row.op for row in results.rows):
         body, before = [], None
@@ -144,176 +231,7 @@ def _rows(results: Results) -> str:
                 for i, c in enumerate(cells)
             )
             body.append(f"<tr class='{marks}' title='{_text(row.shape)}'>{tds}</tr>")
-        parts.append(f"<h2>Rows: {_text(op)}</h2>" + _table(ROW_HEADER, body, numbers, "rows"))
-        lines = "\n".join(
-            f"<p><code>{_text(c)}</code></p>" for c in dict.fromkeys(r.command for r in mine if r.command)
-        )
-        parts.append(f"<details><summary>Commands that measure one of these rows again</summary>{lines}</details>")
-    return "\n".join(parts)
-
-
-# --- pictures ---
-
-
-def _pictures(results: Results) -> list[str]:
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return ["<p class='soft'>matplotlib is not installed: no pictures.</p>"]
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "accel",
-        "font.family": "sans-serif",
-        "font.sans-serif": ["DejaVu Sans"],
-        "font.size": 9.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 10.5,
-        "legend.frameon": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
-    }
-    parts = []
-    with plt.rc_context(settings):
-        for op in dict.fromkeys(row.op for row in results.rows):
-            figure = _bars(plt, results, op)
-            if figure is not None:
-                caption = "Times as fast as eager PyTorch. Bars are geometric means, dots single rows, red lines goals."
-                parts.append(f"<h2>Speed-up: {_text(op)}</h2>" + _figure(plt, figure, caption))
-        roofline = _roofline(plt, results)
-        if roofline is not None:
-            caption = (
-                "FLOP/s over FLOPs per byte that must move. Lines are this machine's measured copy bandwidth (large "
-                "copies; small maps stay in cache and may lie above) and matrix product rate."
-            )
-            parts.append("<h2>Roofline</h2>" + _figure(plt, roofline, caption))
-        if results.curves is not None:
-            caption = (
-                "A small Swin trained on scikit-learn’s digits. Below, how far each run lies from the unpatched one; "
-                "the grey runs are unpatched too, but began with every weight one unit in the last place away."
-            )
-            parts.append("<h2>Training</h2>" + _figure(plt, _curves(plt, results), caption))
-    return parts
-
-
-def _figure(plt: Any, figure: Any, caption: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
-    plt.close(figure)
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(INK, "currentColor")
-    return f"<figure>{svg}<figcaption>{_text(caption)}</figcaption></figure>"
-
-
-def _bars(plt: Any, results: Results, op: str) -> Any | None:
-    """A panel per mode; in it a cluster per group and dtype, a bar per provider that is not eager."""
-    from accel.benchmarks.report import speedups
-
-    rows = [row for row in results.rows if row.op == op]
-    factor = speedups(rows)
-    rows = [row for row in rows if id(row) in factor and row.provider != "eager"]
-    if not rows:
-        return None
-    modes = list(dict.fromkeys(row.mode for row in rows))
-    clusters = {m: list(dict.fromkeys((r.group, r.dtype) for r in rows if r.mode == m)) for m in modes}
-    tallest = max(len(c) for c in clusters.values())
-    shape = (11, 0.9 + 0.62 * tallest)
-    figure, panels = plt.subplots(1, len(modes), figsize=shape, squeeze=False, layout="constrained")
-    providers = [p for p in COLORS if any(row.provider == p for row in rows)]
-    thick = 0.8 / max(1, len(providers))
-    for panel, mode in zip(panels[0], modes, strict=True):
-        for at, (group, dtype) in enumerate(clusters[mode]):
-            for i, provider in enumerate(providers):
-                found = [
-                    factor[id(r)]
-                    for r in rows
-                    if (r.group, r.dtype, r.mode, r.provider) == (group, dtype, mode, provider)
-                ]
-                if not found:
-                    continue
-                y, mean = at + (i - (len(providers) - 1) / 2) * thick, geometric_mean(found)
-                panel.barh(y, mean, thick * 0.88, color=COLORS[provider], label=provider if at == 0 else None)
-                if len(found) > 1:
-                    panel.plot(found, [y] * len(found), ".", color=INK, markersize=3.5, zorder=3)
-                panel.annotate(
-                    f"{mean:.2f}×",
-                    (max(found), y),
-                    xytext=(5, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=8.5,
-                )
-            row = next(r for r in rows if (r.group, r.dtype, r.mode) == (group, dtype, mode))
-            for goal in results.goals:
-                if (goal.figure, goal.rival) == ("speedup", "eager") and concerns(goal, row):
-                    panel.plot([goal.at_least] * 2, [at - 0.45, at + 0.45], color=GOAL, linewidth=1.6, zorder=4)
-        panel.axvline(1, color=INK, linewidth=0.8, alpha=0.6)
-        panel.set_yticks(range(len(clusters[mode])), [f"{group}, {dtype}" for group, dtype in clusters[mode]])
-        panel.set_ylim(len(clusters[mode]) - 0.5, -0.5)
-        panel.set_xlim(0, panel.get_xlim()[1] * 1.1)
-        panel.set_title(mode)
-        panel.tick_params(axis="y", length=0)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[p]) for p in providers]
-    figure.legend(handles, providers, loc="outside lower left", ncols=len(providers))
-    return figure
-
-
-def _roofline(plt: Any, results: Results) -> Any | None:
-    rows = [row for row in results.rows if row.tflops and row.gbs]
-    if not rows:
-        return None
-    dtypes = list(dict.fromkeys(row.dtype for row in rows))
-    figure, panels = plt.subplots(1, len(dtypes), figsize=(11, 4.2), squeeze=False, sharey=True, layout="constrained")
-    bandwidth = results.ceilings.copy[-1][1]
-    markers = {"forward": "o", "backward": "s", "forward+backward": "^"}
-    for panel, dtype in zip(panels[0], dtypes, strict=True):
-        mine = [row for row in rows if row.dtype == dtype]
-        work: Callable[[Row], float] = lambda row: 1e3 * (row.tflops or 0) / (row.gbs or 1)  # noqa: E731
-        peak = results.ceilings.matmul[dtype]
-        ridge = peak / bandwidth
-        low, high = min(*map(work, mine), ridge) / 3, max(*map(work, mine), ridge) * 3
-        panel.plot([low, ridge, high], [low * bandwidth / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.2)
-        for provider in [p for p in ("eager", "compile", "sdpa", OURS) if any(r.provider == p for r in mine)]:
-            for mode, marker in markers.items():
-                dots = [(work(r), 1e3 * (r.tflops or 0)) for r in mine if (r.provider, r.mode) == (provider, mode)]
-                if dots:
-                    panel.plot(*zip(*dots, strict=True), marker, color=COLORS[provider], alpha=0.8, markersize=5)
-        panel.set_xscale("log")
-        panel.set_yscale("log")
-        panel.set_title(dtype)
-        panel.set_xlabel("FLOP per byte")
-    panels[0][0].set_ylabel("GFLOP/s")
-    seen = [p for p in COLORS if any(r.provider == p for r in rows)]
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLORS[p]) for p in seen]
-    used = [m for m in markers if any(r.mode == m for r in rows)]
-    handles += [plt.Line2D([], [], marker=markers[m], linestyle="", color=INK, fillstyle="none") for m in used]
-    figure.legend(handles, [*seen, *used], loc="outside lower left", ncols=len(handles))
-    return figure
-
-
-def _curves(plt: Any, results: Results) -> Any:
-    curves = results.curves
-    assert curves is not None
-    steps = range(1, len(curves.eager) + 1)
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(11, 5), sharex=True, height_ratios=(2, 1.2), layout="constrained"
-    )
-    above.plot(steps, curves.eager, color=COLORS["eager"], linewidth=3, label="unpatched")
-    above.plot(steps, curves.patched, color=COLORS[OURS], linewidth=1.2, label="patched")
-    above.set_ylabel("loss")
-    above.legend()
-    tiny = 1e-9  # a logarithmic axis has no zero
-    for i, other in enumerate(curves.perturbed):
-        apart = [max(abs(a - b), tiny) for a, b in zip(curves.eager, other, strict=True)]
-        below.plot(steps, apart, color=COLORS["eager"], linewidth=1, label="one ulp away" if i == 0 else None)
-    apart = [max(abs(a - b), tiny) for a, b in zip(curves.eager, curves.patched, strict=True)]
-    below.plot(steps, apart, color=COLORS[OURS], linewidth=1.2, label="patched")
-    below.set_yscale("log")
-    below.set_ylabel("difference")
-    below.set_xlabel("step")
-    below.legend()
-    return figure
+        commands = dict.fromkeys(row.command for row in mine if row.command)
+        lines = "\n".join(f"<p><code>{_text(command)}</code></p>" for command in commands)
+        again = _folded("Commands that measure one of these rows again", lines)
+        yield _folded(f"{len(mine)} rows of {op}", _table(ROW_HEADER, body, numbers, "rows") + again)

@@ -16,22 +16,25 @@ from accel.benchmarks._machine import Load, Pace, cores
 SPREAD = 1.3  # p80/p20 beyond which a row is measured again
 STEADY = 1.25  # of the least time the machine took for a fixed piece of work; where two cores become one it takes 1.6
 PATIENCE = 4  # how many times the rounds of an effort to wait for as many steady ones
+FEWEST = 3  # rounds of a row, however long they take
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to look. A row ends once it has ``rounds`` that were steady and ``seconds``, or ``most`` rounds."""
+    """How long to look. A row ends once it has ``rounds`` that were steady and ``seconds``, or ``most`` rounds, and in
+    any case after ``limit`` seconds, those of being measured again included."""
 
     warmup: int
     rounds: int
     seconds: float
     most: int
     retries: int
+    limit: float = math.inf
 
 
-QUICK = Effort(warmup=1, rounds=7, seconds=0.2, most=40, retries=1)
-NORMAL = Effort(warmup=2, rounds=15, seconds=0.8, most=150, retries=2)
-FULL = Effort(warmup=3, rounds=30, seconds=3.0, most=500, retries=2)
+SHORT = Effort(warmup=1, rounds=9, seconds=0.4, most=60, retries=1, limit=4.0)
+NORMAL = Effort(warmup=2, rounds=15, seconds=0.8, most=150, retries=2, limit=40.0)
+FULL = Effort(warmup=3, rounds=30, seconds=3.0, most=500, retries=2, limit=180.0)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class CpuClock:
         self._pace = Pace(torch.get_num_threads())
 
     def slowness(self) -> float:
-        return self._pace.now() / self._pace.least
+        return self._pace.slowness()
 
     def warm(self, contender: Contender) -> None:
         if contender.prepare is not None:
@@ -170,15 +173,17 @@ def _disturbance(samples: Sequence[Sample], others: float, device: str) -> str:
     return "; ".join(said)
 
 
-def _attempt(contenders: Sequence[Contender], clock: Clock, effort: Effort, device: str) -> dict[str, Timing]:
+def _attempt(
+    contenders: Sequence[Contender], clock: Clock, effort: Effort, device: str, end: float
+) -> dict[str, Timing]:
     """Rounds between two looks at the machine. Those count in which it was steady before and after, whatever they gave;
-    all do where too few were, and that is said."""
+    all do where too few were, and that is said. Nothing begins after ``end`` but the fewest rounds there must be."""
     every: list[list[Sample]] = []
     steady: list[list[Sample]] = []
     load, start, before = Load(), time.perf_counter(), clock.slowness()
 
     def enough() -> bool:
-        if len(every) >= effort.most:
+        if len(every) >= effort.most or (len(every) >= FEWEST and time.perf_counter() >= end):
             return True
         if len(steady) < effort.rounds and len(every) < PATIENCE * effort.rounds:
             return False
@@ -217,12 +222,13 @@ def measure(contenders: Sequence[Contender], clock: Clock, effort: Effort, devic
         for _ in range(effort.warmup):
             clock.warm(contender)
     best: dict[str, Timing] = {}
+    end = time.perf_counter() + effort.limit
     for attempt in range(1, effort.retries + 2):
-        found = _attempt(contenders, clock, effort, device)
+        found = _attempt(contenders, clock, effort, device, end)
         if not best or _widest(found) < _widest(best):
             best = found
         best = {name: replace(t, attempts=attempt) for name, t in best.items()}
-        if _widest(best) <= SPREAD:
+        if _widest(best) <= SPREAD or time.perf_counter() >= end:
             break
     return best
 

@@ -7,7 +7,12 @@ the two schemas is enough for models. This is for tests and benchmarks only: the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+from accel.benchmarks.harness import UnavailableError
 
 _keep: list[torch.library.Library] = []
 
@@ -29,3 +34,14 @@ def allow_import() -> None:
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _keep.append(library)
+
+
+def operator(name: str) -> Callable[..., Tensor]:
+    """The function of torchvision.ops that calls its native operator of that name."""
+    allow_import()
+    import torchvision
+
+    if not hasattr(torch.ops.torchvision, name):
+        raise UnavailableError("its native part does not load")
+    function: Callable[..., Tensor] = getattr(torchvision.ops, name)
+    return function

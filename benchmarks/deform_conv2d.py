@@ -16,8 +16,9 @@ from torch import Tensor
 
 import accel
 from accel import dispatch
-from accel.benchmarks._torchvision import allow_import
-from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, UnavailableError, one_thread
+from accel.benchmarks._torchvision import operator
+from accel.benchmarks.goals import Goal
+from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Pick, Provider, Short, one_thread
 from accel.ops.deformable.deform_conv2d import OP
 
 NAME = "deform_conv2d"
@@ -79,16 +80,12 @@ def ours(backend: str | None = None) -> Function:
 
 
 def _torchvision() -> Function:
-    allow_import()
-    import torchvision
-
-    if not hasattr(torch.ops.torchvision, "deform_conv2d"):
-        raise UnavailableError("its native part does not load")
+    deform_conv2d = operator("deform_conv2d")
 
     def function(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, *columns: Tensor) -> Tensor:
         half = x.dtype in (torch.bfloat16, torch.float16)  # it takes one dtype, and no bfloat16
         parts = [t.float() if half else t for t in (x, offset, weight, mask)]
-        out: Tensor = torchvision.ops.deform_conv2d(*parts[:3], padding=1, mask=parts[3])
+        out: Tensor = deform_conv2d(*parts[:3], padding=1, mask=parts[3])
         return out.to(x.dtype)
 
     return function
@@ -128,7 +125,7 @@ def _inputs(shape: Shape, device: str, dtype: torch.dtype, with_columns: bool) -
     return make
 
 
-def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], names: Sequence[str] | None) -> Case:
+def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -> Case:
     providers = [
         Provider("accel", ours, _backend),
         *([one_thread(ours, _backend)] if device == "cpu" else []),
@@ -147,27 +144,34 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], n
         dtype=dtype,
         inputs=_inputs(shape, device, dtype, with_columns),
         reference=ours("reference"),
-        providers=tuple(p for p in providers if names is None or p.name in names),
+        providers=tuple(providers),
         costs=costs(shape, dtype.itemsize, modes),
         family="deform_conv",
     )
 
 
-def cases(device: str, dtypes: Sequence[torch.dtype], level: str, providers: Sequence[str] | None) -> Iterator[Case]:
-    """All rows of the op, those that goals are about first. ``level``: quick, normal or full."""
-    training = ["backward", "forward+backward"] if device == "cuda" or level == "full" else ["forward+backward"]
-    batches = (1,) if device == "cpu" else (1, 8) if level == "quick" else (1, 8, 16)
+def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """All rows of the op, those that goals are about first."""
     for dtype in dtypes:
-        for batch in batches:
+        for batch in (1,) if device == "cpu" else (1, 8, 16):
             for layer in LAYERS:
                 shape = Shape(layer.channels, layer.height, layer.width, batch)
-                yield _case(shape, device, dtype, ["forward"], providers)
-                yield _case(shape, device, dtype, training, providers)
-    if level == "full":
-        for dtype in dtypes:
-            for layer in LAYERS:
-                shape = Shape(layer.channels, layer.height, layer.width, 4, last=True)
-                yield _case(shape, device, dtype, ["forward", "forward+backward"], providers)
+                yield _case(shape, device, dtype, ["forward"])
+                yield _case(shape, device, dtype, ["backward", "forward+backward"])
+    for dtype in dtypes:
+        for layer in LAYERS:
+            shape = Shape(layer.channels, layer.height, layer.width, 4, last=True)
+            yield _case(shape, device, dtype, ["forward", "forward+backward"])
+
+
+SHORT = Short(
+    rivals=("torchvision", "conv2d"),
+    cpu=(Pick("deformable 3×3, 256 channels", "C256 50×84", modes=("forward", "forward+backward")),),
+    cuda=tuple(
+        Pick(f"deformable 3×3, {layer.channels} channels", f"B8 C{layer.channels} {layer.height}×{layer.width}")
+        for layer in LAYERS[:2]
+    ),
+)
 
 
 # --- goals ---

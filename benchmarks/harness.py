@@ -1,21 +1,21 @@
 """Measuring: providers interleaved in one process, each proven right before it is timed.
 
-A benchmark file describes :class:`Case`s (what is computed, by whom, at what cost) and :class:`Goal`s. ``run_case``
-turns a case into :class:`Row`s, one per mode and provider. Nothing here knows any op.
+A benchmark file describes :class:`Case`s (what is computed, by whom, at what cost) and which of them a user cares about
+most (:class:`Short`). ``run_case`` turns a case into :class:`Row`s, one per mode and provider. Nothing here knows ops.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
+from accel.benchmarks._ceilings import Ceilings
+from accel.benchmarks._machine import dtype_name, peak_memory
 from accel.benchmarks._timing import Clock, Contender, Effort, Timing, measure
 from accel.testing import TOLERANCES, Tolerance, threads
 
@@ -62,6 +62,12 @@ def one_thread(build: Callable[[], Callable[..., Tensor]], backend: Callable[...
     return Provider(ONE_THREAD, build_if_more, backend, threads=1)
 
 
+def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``function`` through torch.compile, for its shapes alone."""
+    torch._dynamo.reset()  # the limit of recompilations counts per function, and beyond it eager code would run
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 @dataclass(frozen=True)
 class Cost:
     """The least work of one call: FLOPs (a multiply-add is two) and bytes that must move."""
@@ -91,6 +97,31 @@ class Case:
         return " ".join(x for x in (self.group, self.variant, dtype_name(self.dtype)) if x)
 
 
+@dataclass(frozen=True)
+class Pick:
+    """A case of the short run, in its ``modes`` that are named here; ``title`` is its name for a visitor."""
+
+    title: str
+    group: str
+    variant: str = ""
+    modes: tuple[str, ...] = MODES
+
+
+@dataclass(frozen=True)
+class Short:
+    """What the short run measures of an op: two or three cases by device, what matters most first, in two dtypes.
+
+    ``rivals`` are measured there beside ours; the first that has a time is the one our speed-up is shown against.
+    """
+
+    rivals: tuple[str, ...]
+    cpu: tuple[Pick, ...]
+    cuda: tuple[Pick, ...]
+
+    def picks(self, device: str) -> tuple[Pick, ...]:
+        return self.cuda if device == "cuda" else self.cpu
+
+
 @dataclass
 class Row:
     """One provider in one mode of one case. Times are missing where the result was wrong or there was none."""
@@ -118,6 +149,7 @@ class Row:
     gbs: float | None = None
     floor_ms: float | None = None  # what the measured ceilings would allow
     of_ceiling: float | None = None  # floor_ms / p50_ms
+    ceiling: str = ""  # what floor_ms was taken from
     peak_mib: float | None = None
     error: float | None = None  # relative RMS, the worst of output and gradients
     calls: int | None = None  # calls of our op inside a patched model, a forward pass
@@ -201,13 +233,15 @@ class Truth:
 def _truth(case: Case, function: Callable[..., Tensor], inputs: Sequence[Tensor], training: bool, seed: int) -> Truth:
     """What ``function`` gives for the inputs, and an upstream gradient of the output's shape."""
     inner = torch.float64 if max(x.numel() for x in inputs) <= LARGE else torch.float32
-    wide = [x.to(inner) for x in inputs]
-    with torch.no_grad():
-        like = function(*wide)
+    wide = [x.detach().to(inner).requires_grad_(training) for x in inputs]
+    with torch.set_grad_enabled(training):
+        out = function(*wide)
     device = inputs[0].device
     generator = torch.Generator(device).manual_seed(seed + 1)
-    grad = torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
-    both = _run(function, wide, grad.to(inner)) if training else [like]
+    grad = torch.randn(out.shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
+    both = [out.detach()]
+    if training:
+        both += torch.autograd.grad(out, wide, grad.to(inner), materialize_grads=True)
     return Truth(both[:1], both, [case.dtype, *(x.dtype for x in inputs)], grad)
 
 
@@ -277,6 +311,7 @@ def fill_timing(row: Row, timing: Timing, cost: Cost | None, ceilings: Ceilings)
         row.gbs = cost.moved / timing.p50 / 1e9
         row.floor_ms = ceilings.floor_ms(cost.flops, cost.moved, row.dtype)
         row.of_ceiling = row.floor_ms / row.p50_ms
+        row.ceiling = ceilings.source(cost.flops, cost.moved, row.dtype)
 
 
 def run_case(
@@ -360,127 +395,6 @@ def _peak(contender: Contender, device: str) -> float | None:
         return peak_memory(contender.call, device)
     contender.prepare()
     return peak_memory(contender.call, device)
-
-
-# --- goals ---
-
-
-@dataclass(frozen=True)
-class Goal:
-    """A figure to reach, as data beside the benchmark it judges. ``at_least`` or ``at_most`` is given.
-
-    ``figure``: ``speedup`` is the rival's median over ours; ``floor`` is our median over the time of the measured
-    memory bandwidth; ``rate`` is our TFLOP/s; ``memory`` is our peak over the rival's; ``growth`` is our peak over that
-    of our row which is as ``base`` says; ``value`` is a number the benchmark itself reports under the goal's name. All
-    but the last are geometric means over the rows.
-
-    ``rival`` may name several, as in ``"conv2d|matmul"``: each row is held against the slowest of them.
-
-    ``per`` is what a figure is divided by: the part of it that the work saved explains. ``of`` names whose rows are
-    meant where they are not ours.
-    """
-
-    name: str
-    op: str
-    figure: str
-    device: str
-    where: Mapping[str, str] = field(default_factory=dict)  # field of Row -> value; variants are what is averaged over
-    rival: str = ""
-    at_least: float | None = None
-    at_most: float | None = None
-    stretch: float | None = None
-    per: float = 1.0
-    of: str = OURS
-    base: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Verdict:
-    """What was measured for a goal. ``met`` is None where nothing could be measured; ``note`` says why."""
-
-    goal: Goal
-    measured: float | None = None
-    met: bool | None = None
-    note: str = ""
-
-    @property
-    def target(self) -> str:
-        goal = self.goal
-        return f"≥ {goal.at_least:g}" if goal.at_least is not None else f"≤ {goal.at_most:g}"
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(statistics.fmean(math.log(v) for v in values))
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return row.op, row.group, row.variant, row.shape, row.dtype, row.mode, row.device
-
-
-def pairs(rows: Sequence[Row], rival: str, of: str = OURS) -> Iterator[tuple[Row, Row]]:
-    """Our row and the rival's of the same case and mode, the slowest where several are named."""
-    named = [row for row in rows if row.provider in rival.split("|")]
-    rivals = {_key(row): row for row in sorted(named, key=lambda row: row.p50_ms or 0.0)}
-    for row in rows:
-        if row.provider == of and _key(row) in rivals:
-            yield row, rivals[_key(row)]
-
-
-def concerns(goal: Goal, row: Row) -> bool:
-    """Whether the goal is about this row."""
-    same = (row.op, row.device) == (goal.op, goal.device)
-    return same and all(getattr(row, name) == value for name, value in goal.where.items())
-
-
-def reach(goal: Goal, rows: Sequence[Row], values: Mapping[str, float]) -> Verdict:
-    """Hold a goal against what was measured. A wrong result of ours misses; an absent rival only goes unjudged."""
-    verdict = Verdict(goal)
-    if goal.figure == "value":
-        if goal.name not in values:
-            verdict.note = "not measured in this run"
-            return verdict
-        verdict.measured = values[goal.name]
-    else:
-        mine = [row for row in rows if row.provider == goal.of and concerns(goal, row)]
-        wrong = [row for row in mine if row.status == "FAIL"]
-        if wrong:
-            verdict.met, verdict.note = False, f"{wrong[0].label}: {wrong[0].reason}"
-            return verdict
-        figures, note = _figures(goal, mine, rows)
-        if not figures:
-            verdict.note = note or "not measured in this run"
-            return verdict
-        verdict.measured, verdict.note = geometric_mean(figures) / goal.per, note
-    measured = verdict.measured
-    verdict.met = measured >= goal.at_least if goal.at_least is not None else measured <= (goal.at_most or 0.0)
-    return verdict
-
-
-def _figures(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[list[float], str]:
-    if goal.figure == "floor":
-        return [row.p50_ms / row.floor_ms for row in mine if row.p50_ms and row.floor_ms], ""
-    if goal.figure == "rate":
-        return [row.tflops for row in mine if row.tflops], ""
-    if goal.figure == "growth":
-        return _growth(goal, mine, rows), ""
-    figures, notes = [], []
-    theirs = [r for r in rows if r.provider in goal.rival.split("|")]
-    for row, rival in pairs([*mine, *theirs], goal.rival, goal.of):
-        if rival.reason:
-            notes.append(f"{rival.provider}: {rival.reason}")
-        elif goal.figure == "memory" and row.peak_mib and rival.peak_mib:
-            figures.append(row.peak_mib / rival.peak_mib)
-        elif goal.figure == "speedup" and row.p50_ms and rival.p50_ms:
-            figures.append(rival.p50_ms / row.p50_ms)
-    return figures, "; ".join(dict.fromkeys(notes))
-
-
-def _growth(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> list[float]:
-    """Our peak over that of the row which differs in ``goal.base`` alone (its shape, which goes with that, beside)."""
-    smaller = replace(goal, where={**goal.where, **goal.base})
-    bases = {r.variant: r for r in rows if r.provider == goal.of and concerns(smaller, r)}
-    found = [(row.peak_mib, bases[row.variant].peak_mib) for row in mine if row.variant in bases]
-    return [peak / base for peak, base in found if peak and base]
 
 
 def to_json(value: Any) -> Any:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 import accel
 from accel.benchmarks import _detectors
-from accel.benchmarks._machine import Ceilings, dtype_name, peak_memory
+from accel.benchmarks._ceilings import Ceilings
+from accel.benchmarks._machine import dtype_name, peak_memory
 from accel.benchmarks._timing import Clock, Contender, Effort, measure
 from accel.benchmarks._torchvision import allow_import
+from accel.benchmarks.goals import Goal
 from accel.benchmarks.harness import (
     OURS,
-    Goal,
     Row,
+    Short,
     UnavailableError,
     fill_timing,
     one_line,
@@ -31,6 +33,7 @@ from accel.benchmarks.harness import (
 from accel.testing import TOLERANCES
 
 NAME = "models"
+SHORT = Short(rivals=("eager",), cpu=(), cuda=())
 BATCH, SIZE = 4, 224
 CEILING = "core stubbed out"
 TRAINING = "training step"
@@ -268,10 +271,11 @@ def model_rows(
     seed: int,
     say: Callable[[str], None],
     command: Callable[[Row], str],
+    ceiling: bool = True,
 ) -> list[Row]:
-    """Patched, unpatched and with the core stubbed out, proven equal and then timed together."""
+    """Patched and unpatched, proven equal and then timed together; with ``ceiling`` also with the core stubbed out."""
     training = mode == TRAINING
-    names = [OURS, "eager", CEILING] if model.name.startswith("torchvision") else [OURS, "eager"]
+    names = [OURS, "eager", *([CEILING] if ceiling and model.name.startswith("torchvision") else [])]
     rows = {n: Row(NAME, model.name, "", model.shape, dtype_name(dtype), mode, device, n) for n in names}
     for row in rows.values():
         row.command = command(row)
@@ -347,18 +351,17 @@ def model_rows(
     return rows_out
 
 
-def jobs(dtypes: Sequence[torch.dtype], level: str) -> Iterator[tuple[Model, torch.dtype, str]]:
-    """Forward in each dtype, a training step in fp32; the other libraries' models with ``--full``, but detectors
-    wherever transformers is installed and there is a little time."""
-    detectors = level == "normal" and importlib.util.find_spec("transformers") is not None
-    for model in MODELS:
-        if level != "full" and model is not MODELS[0] and not (detectors and model.detects):
-            continue
-        for dtype in dtypes:
+def jobs(dtypes: Sequence[torch.dtype], every: bool) -> Iterator[tuple[Model, torch.dtype, str]]:
+    """Forward in each dtype, a training step in fp32. Without ``every`` torchvision's Swin and, where transformers is
+    installed, the detectors, fp32 before other dtypes."""
+    detectors = importlib.util.find_spec("transformers") is not None
+    known = [m for m in MODELS if every or m is MODELS[0] or (detectors and m.detects)]
+    for dtype in sorted(dtypes, key=lambda dtype: dtype != torch.float32):
+        for model in known:
             if dtype == torch.float32 or not model.detects:
                 yield model, dtype, "forward"
-        if torch.float32 in dtypes and model.trains:
-            yield model, torch.float32, TRAINING
+            if dtype == torch.float32 and model.trains:
+                yield model, dtype, TRAINING
 
 
 # --- training on digits ---

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import accel
 from accel import dispatch
-from accel.benchmarks.harness import ONE_THREAD, Case, Cost, Goal, Provider, one_thread
+from accel.benchmarks.goals import Goal
+from accel.benchmarks.harness import MODES, ONE_THREAD, Case, Cost, Pick, Provider, Short, compiled, one_thread
 from accel.ops.deformable.ms_deform_attn import OP
 
 NAME = "ms_deform_attn"
@@ -116,11 +117,6 @@ def eager(shape: Shape) -> Function:
     return function
 
 
-def _compiled(function: Function) -> Function:
-    torch._dynamo.reset()  # the limit of recompilations counts per function, and beyond it eager code would run
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 def _inputs(shape: Shape, device: str, dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
         def normal(*size: int) -> Tensor:
@@ -148,17 +144,15 @@ def _centres(height: int, width: int, device: str) -> Tensor:
     return torch.cartesian_prod(y / height, x / width).flip(-1)
 
 
-def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], names: Sequence[str]) -> Case:
+def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -> Case:
     def backend(*inputs: Tensor) -> str:
         value, locations, weights = inputs
         return dispatch.select(OP, OP.prepare(value, shape.levels, None, locations, weights)).name
 
-    known = {
-        "accel": Provider("accel", lambda: ours(shape), backend),
-        ONE_THREAD: one_thread(lambda: ours(shape), backend),
-        "eager": Provider("eager", lambda: eager(shape)),
-        "compile": Provider("compile", lambda: _compiled(eager(shape)), lambda *inputs: "inductor"),
-    }
+    providers = [Provider("accel", lambda: ours(shape), backend), Provider("eager", lambda: eager(shape))]
+    if device == "cpu" and shape.group == "encoder":  # the others have little to share out
+        providers.append(one_thread(lambda: ours(shape), backend))
+    providers.append(Provider("compile", lambda: compiled(eager(shape)), lambda *inputs: "inductor"))
     return Case(
         op=NAME,
         group=shape.group,
@@ -167,22 +161,30 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], n
         dtype=dtype,
         inputs=_inputs(shape, device, dtype),
         reference=reference(shape),
-        providers=tuple(known[name] for name in names if name in known),
+        providers=tuple(providers),
         costs=costs(shape, dtype.itemsize, modes),
         family="sample_wide",
     )
 
 
-def cases(device: str, dtypes: Sequence[torch.dtype], level: str, providers: Sequence[str] | None) -> Iterator[Case]:
-    """All rows of the op, those that goals are about first. ``level``: quick, normal or full."""
-    modes = ["forward", "backward"] if device == "cuda" or level == "full" else ["forward"]
-    if device == "cpu" or level == "full":
-        modes.append("forward+backward")
-    named = list(providers) if providers else ["accel", "eager"] if level == "quick" else list(PROVIDERS)
+def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """All rows of the op, those that goals are about first."""
     for dtype in dtypes:
         for shape in _shapes(1 if device == "cpu" else 4):
-            spread = device == "cpu" and shape.group == "encoder"  # the others have little to share out
-            yield _case(shape, device, dtype, modes, [n for n in named if n != ONE_THREAD or spread])
+            yield _case(shape, device, dtype, MODES)
+
+
+SHORT = Short(
+    rivals=("eager",),
+    cpu=(
+        Pick("encoder of Deformable DETR", "encoder", "local", ("forward", "forward+backward")),
+        Pick("its decoder, 300 queries", "decoder", "uniform", ("forward",)),
+    ),
+    cuda=(
+        Pick("encoder of Deformable DETR", "encoder", "local", ("forward", "backward")),
+        Pick("its decoder, 300 queries", "decoder", "uniform", ("forward", "backward")),
+    ),
+)
 
 
 # --- goals ---

@@ -8,54 +8,75 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from accel.benchmarks import deform_conv2d, models, ms_deform_attn, report, softmax_attention, window_attention
-from accel.benchmarks._machine import Load, device_name, environment, measure_ceilings, pin_allocator
-from accel.benchmarks._timing import FULL, NORMAL, QUICK, Clock, Effort, make_clock
-from accel.benchmarks.harness import Case, Goal, Row, UnavailableError, one_line, run_case
+from accel.benchmarks import _choice, models, report
+from accel.benchmarks._ceilings import measure_ceilings
+from accel.benchmarks._choice import BUDGET, FAMILIES, FAMILY, GOALS, OPS, PROVIDERS
+from accel.benchmarks._machine import Load, device_name, environment, pin_allocator
+from accel.benchmarks._results import Results, load, save
+from accel.benchmarks._tables import number
+from accel.benchmarks._terminal import Terminal
+from accel.benchmarks._timing import FULL, NORMAL, SHORT, Clock, Effort, make_clock
+from accel.benchmarks.harness import MODES, OURS, Case, Row, UnavailableError, one_line, run_case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-EFFORTS = {"quick": QUICK, "normal": NORMAL, "full": FULL}
-OPS: dict[str, Any] = {
-    module.NAME: module for module in (window_attention, softmax_attention, deform_conv2d, ms_deform_attn)
-}
-GOALS: tuple[Goal, ...] = (*(goal for module in OPS.values() for goal in module.GOALS), *models.GOALS)
-PROVIDERS = tuple(dict.fromkeys(name for module in OPS.values() for name in module.PROVIDERS))
+EFFORTS = {"short": SHORT, "goals": NORMAL, "full": FULL}
 DENORMALS = (
     "Denormal numbers are kept, as torch does by default: where the shift mask of −100 makes weights near 1e-44, "
     "providers that store them multiply slowly by them on many CPUs, most of all in fp32. --flush-denormal measures "
     "without this, for all providers alike."
 )
-STEPS = {"quick": 30, "normal": 200, "full": 200}
+STEPS = 200  # of each training run on the digits
+DESCRIPTION = f"""\
+Measure whole models and ops against what people use today, each proven right before it is timed.
+
+  bench           whole models, and two or three rows of each family: {BUDGET / 60:g} minutes
+  bench --goals   every row that a goal is about, with the rivals it names: a quarter of an hour on two cores
+  bench --full    every row, shape, model and rival, torch.compile too, and more rounds: an hour and more
+
+All three leave a table here and, in a folder, results.json, results.csv, speed.svg and index.html."""
 
 
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(
-        prog="python -m accel bench",
-        description="Measure ops and whole models against what people use today, and hold them against their goals.",
+        prog="python -m accel bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out.add_argument("op", nargs="*", help=f"what to measure: {', '.join(OPS)}, models; all if none is named")
-    out.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
-    out.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="may be repeated; all if none is named")
+    out.add_argument("op", nargs="*", help=f"what to measure: {', '.join((models.NAME, *OPS))}; all if none is named")
     level = out.add_mutually_exclusive_group()
-    level.add_argument("--quick", action="store_true", help="fewer rounds and steps, without torch.compile")
-    level.add_argument("--full", action="store_true", help="more rounds, shapes, providers and models")
-    out.add_argument(
-        "--rows", default="", metavar="REGEX", help="only rows whose label matches, as in 'stage 1 shift 0'"
-    )
-    out.add_argument("--providers", metavar="A,B", help=f"instead of the level's: {', '.join(PROVIDERS)}")
-    out.add_argument("--out", type=Path, metavar="DIR", help="reports/<device>-<date>/ if not given")
+    level.add_argument("--goals", action="store_true", help="every row that a goal is about")
+    level.add_argument("--full", action="store_true", help="everything")
     out.add_argument("--check", action="store_true", help="exit 1 and name the goals that were missed")
-    out.add_argument("--budget", type=float, metavar="SECONDS", help="start nothing new after this time")
+    out.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is one, else cpu")
+    out.add_argument("--dtype", action="append", choices=tuple(DTYPES), help="may be repeated")
+    out.add_argument(
+        "--rows",
+        metavar="REGEX",
+        help="only rows whose label matches, as in 'stage 1 shift 0'; without --goals any row there is",
+    )
+    out.add_argument("--providers", metavar="A,B", help=f"instead of those chosen: {', '.join(PROVIDERS)}")
+    out.add_argument("--out", type=Path, metavar="DIR", help="reports/<device>-<date>/ if not given")
+    out.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"start nothing new after this time, and name what was not run; {BUDGET:g} without --goals and --full",
+    )
     out.add_argument("--threads", type=int, help="torch.set_num_threads")
     out.add_argument("--flush-denormal", action="store_true", help="torch.set_flush_denormal(True), for all providers")
     out.add_argument("--seed", type=int, default=0)
+    out.add_argument(
+        "--results",
+        action="append",
+        type=Path,
+        metavar="DIR",
+        help="measure nothing: make the page and the picture of the results in this folder, or in several",
+    )
     return out
 
 
@@ -64,22 +85,26 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     options = made.parse_args(argv)
     for name in options.op:
         if name not in (*OPS, models.NAME):
-            made.error(f"unknown op {name!r}; there are {', '.join(OPS)} and {models.NAME}")
-    options.op = options.op or [*OPS, models.NAME]
+            made.error(f"unknown op {name!r}; there are {models.NAME}, {', '.join(OPS)}")
+    options.op = options.op or [models.NAME, *OPS]
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.device == "cuda" and not torch.cuda.is_available():
         made.error("--device cuda: this torch sees no CUDA device")
-    every = ("fp32", "bf16") if options.device == "cpu" else ("bf16", "fp16", "fp32")
+    options.level = "goals" if options.goals else "full" if options.full else "short"
+    every = ["fp32", "bf16"] if options.device == "cpu" else ["bf16", "fp16", "fp32"]
+    if options.device == "cuda" and options.level == "short":
+        every = ["bf16"]
     options.dtypes = [DTYPES[name] for name in (options.dtype or every)]
-    options.level = "quick" if options.quick else "full" if options.full else "normal"
     options.providers = options.providers.split(",") if options.providers else None
     for name in options.providers or ():
         if name not in PROVIDERS:
             made.error(f"unknown provider {name!r}; there are {', '.join(PROVIDERS)}")
     try:
-        options.rows = re.compile(options.rows)
+        options.rows = re.compile(options.rows) if options.rows is not None else None
     except re.error as error:
         made.error(f"--rows {options.rows!r}: {error}")
+    if options.budget is None and options.level == "short" and options.rows is None:
+        options.budget = BUDGET
     return options
 
 
@@ -89,7 +114,7 @@ def _command(options: argparse.Namespace) -> Callable[[Row], str]:
     def command(row: Row) -> str:
         label = row.label + (f" {row.mode}" if row.op == models.NAME else "")
         words = ["python", "-m", "accel", "bench", row.op, "--device", row.device, "--dtype", row.dtype]
-        words += [f"--{options.level}"] if options.level != "normal" else []
+        words += [f"--{options.level}"] if options.level != "short" else []
         words += ["--rows", f"^{label}$", "--threads", str(torch.get_num_threads()), "--seed", str(options.seed)]
         words += ["--providers", ",".join(options.providers)] if options.providers else []
         words += ["--flush-denormal"] if options.flush_denormal else []
@@ -103,10 +128,40 @@ def folder(device: str) -> Path:
     return Path("reports") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
+@dataclass(frozen=True)
+class Job:
+    label: str
+    family: str
+    rank: int  # in the short run those of rank 0 come first, of all families
+    do: Callable[[], None]
+
+
+class Purse:
+    """The seconds of a run, and in the short one each family's: what would begin when they are spent is left out."""
+
+    def __init__(self, budget: float | None, by_family: bool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._budget, self._clock, self._start = budget, clock, clock()
+        share = (budget or 0.0) / BUDGET
+        self._left = {f.name: f.seconds * share for f in FAMILIES} if by_family and budget else {}
+
+    def spent(self) -> float:
+        return self._clock() - self._start
+
+    def allows(self, family: str) -> bool:
+        if self._budget is not None and self.spent() >= self._budget:
+            return False
+        return self._left.get(family, 1.0) > 0.0
+
+    def pay(self, family: str, seconds: float) -> None:
+        if family in self._left:
+            self._left[family] -= seconds
+
+
 class Suite:
     """One run: its jobs in order, the results so far, and where they are kept."""
 
-    def __init__(self, options: argparse.Namespace, argv: Sequence[str], terminal: report.Terminal) -> None:
+    def __init__(self, options: argparse.Namespace, argv: Sequence[str], terminal: Terminal) -> None:
+        self.purse = Purse(options.budget, options.level == "short" and options.rows is None)
         allocator = pin_allocator()
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -122,7 +177,7 @@ class Suite:
         facts["denormals"] = "flushed to zero" if options.flush_denormal else "kept, as torch does by default"
         terminal.say("measuring the machine's ceilings")
         load = Load()
-        self.results = report.Results(facts, measure_ceilings(options.device, options.dtypes), GOALS)
+        self.results = Results(facts, measure_ceilings(options.device, options.dtypes), GOALS)
         if options.device == "cpu" and (others := load.others()) > 0.2:
             self.results.notes.append(
                 f"The ceilings are too low: others used {others:.1f} cores while they were measured."
@@ -130,64 +185,96 @@ class Suite:
         if options.device == "cpu" and not options.flush_denormal:
             self.results.notes.append(DENORMALS)
 
-    def jobs(self) -> list[tuple[str, Callable[[], None]]]:
-        """Label and what to do, in the order of their worth."""
+    def _chosen(self, every: Sequence[Case]) -> Iterator[tuple[int, Case]]:
+        """The cases of this run, with their rank."""
         options = self.options
-        out: list[tuple[str, Callable[[], None]]] = []
-        for name in options.op:
-            if name == models.NAME:
+        if options.level == "goals":
+            found = [(0, case) for case in _choice.judged(every, options.device, GOALS)]
+        elif options.level == "full":
+            found = [(0, case) for case in every]
+        elif options.rows is None:
+            found = list(_choice.short(every, options.device))
+        else:
+            found = [(0, c) for case in every for c in _choice.narrowed(case, MODES, (OURS, *_choice.RIVALS[case.op]))]
+        for rank, case in found:
+            if options.rows is not None and not options.rows.search(case.label):
                 continue
-            for case in OPS[name].cases(options.device, options.dtypes, options.level, options.providers):
-                if options.rows.search(case.label):
-                    out.append((f"{name} {case.label}", partial(self._case, case)))
-        if models.NAME in options.op:
-            for model, dtype, mode in models.jobs(options.dtypes, options.level):
-                row = Row(models.NAME, model.name, "", "", _name(dtype), mode, options.device, "")
-                if options.rows.search(f"{row.label} {mode}"):
-                    out.append((f"{row.label} {mode}", partial(self._model, model, dtype, mode)))
-            if options.device == "cpu" and torch.float32 in options.dtypes and options.rows.search("digits"):
-                out.append(("digits: training with and without the patch", self._digits))
-        return out
+            names = options.providers or [p.name for p in case.providers]
+            yield from ((rank, part) for part in _choice.narrowed(case, MODES, names))
+
+    def jobs(self) -> list[Job]:
+        """What there is to do, in the order of its worth."""
+        options = self.options
+        out = list(self._models()) if models.NAME in options.op else []
+        every = [
+            case
+            for name in options.op
+            if name != models.NAME
+            for case in OPS[name].cases(options.device, options.dtypes)
+        ]
+        chosen = list(self._chosen(every))
+        for rank, case in chosen:
+            out.append(Job(f"{case.op} {case.label}", FAMILY[case.op], rank, partial(self._case, case)))
+        rows = [[row for case in cases for row in _choice.rows_of(case, options.device)] for cases in (
+            every, [case for _, case in chosen])]  # fmt: skip
+        self.results.goals = _choice.whole(GOALS, *rows)
+        return sorted(out, key=lambda job: job.rank) if options.level == "short" else out
+
+    def _models(self) -> Iterator[Job]:
+        options = self.options
+        wanted = options.rows.search if options.rows is not None else lambda text: True
+        every = options.level == "full" or (options.level == "short" and options.rows is not None)
+        for model, dtype, mode in models.jobs(options.dtypes, every):
+            row = Row(models.NAME, model.name, "", "", _name(dtype), mode, options.device, "")
+            if wanted(f"{row.label} {mode}"):
+                yield Job(f"{row.label} {mode}", models.NAME, 0, partial(self._model, model, dtype, mode))
+        if options.device == "cpu" and torch.float32 in options.dtypes and wanted("digits"):
+            yield Job("digits: training with and without the patch", models.NAME, 0, self._digits)
 
     def run(self) -> int:
-        options, terminal, results = self.options, self.terminal, self.results
+        terminal, results = self.terminal, self.results
         jobs = self.jobs()
         if not jobs:
-            terminal.print(f"no row matches {options.rows.pattern!r}")
+            terminal.print(f"no row matches {self.options.rows.pattern if self.options.rows else ''!r}")
             return 2
-        start = time.monotonic()
         try:
-            with terminal.progress(len(jobs)):
-                for done, (label, job) in enumerate(jobs):
-                    if options.budget and time.monotonic() - start > options.budget:
-                        results.notes.append(f"{len(jobs) - done} of {len(jobs)} jobs left out: the budget was spent")
-                        break
-                    terminal.say(label)
-                    job()
-                    terminal.step(label)
+            with terminal.progress(len(jobs), self.options.budget):
+                for job in jobs:
+                    self._do(job)
             results.finished = True
         finally:
-            results.environment["seconds taken"] = round(time.monotonic() - start, 1)
-            report.save(results, self.out)
+            results.environment["seconds taken"] = round(self.purse.spent(), 1)
+            save(results, self.out)
             page = report.save_page(results, self.out)
-        report.show(results, terminal, page)
+        report.show(results, terminal, page, self.options.level != "short" or self.options.rows is not None)
         return self._verdict()
+
+    def _do(self, job: Job) -> None:
+        if not self.purse.allows(job.family):
+            self.results.not_run.append(job.label)
+            self.terminal.step(f"{job.label}: not run, the time is spent")
+            return
+        self.terminal.say(job.label)
+        before = self.purse.spent()
+        job.do()
+        self.purse.pay(job.family, self.purse.spent() - before)
+        self.terminal.step(job.label)
 
     def _verdict(self) -> int:
         if not self.options.check:
             return 0
-        wrong = [r for r in self.results.rows if r.provider == "accel" and r.status == "FAIL"]
+        wrong = [r for r in self.results.rows if r.provider == OURS and r.status == "FAIL"]
         misses = self.results.misses()
         for row in wrong:
             self.terminal.print(f"FAIL: {row.op} {row.label} {row.mode}: {row.reason}")
         for miss in misses:
-            measured = report.number(miss.measured, 4)
+            measured = number(miss.measured, 4)
             self.terminal.print(f"missed: {miss.goal.name}: measured {measured}, target {miss.target}")
         return 1 if wrong or misses else 0
 
     def _keep(self, rows: Sequence[Row]) -> None:
         self.results.rows.extend(rows)
-        report.save(self.results, self.out)
+        save(self.results, self.out)
 
     def _case(self, case: Case) -> None:
         for rows in run_case(
@@ -214,6 +301,7 @@ class Suite:
             seed=self.options.seed,
             say=self.terminal.say,
             command=self.command,
+            ceiling=self.options.level != "short",
         )
         self._keep(rows)
 
@@ -222,17 +310,16 @@ class Suite:
 
         def tick() -> None:
             done[0] += 1
-            self.terminal.say(f"digits: step {done[0]} of {4 * steps}")
+            self.terminal.say(f"digits: step {done[0]} of {4 * STEPS}")
 
-        steps = STEPS[self.options.level]
         try:
-            curves = models.digits(steps, self.options.seed, tick)
+            curves = models.digits(STEPS, self.options.seed, tick)
         except UnavailableError as error:
             self.results.notes.append(f"digits: {one_line(error)}")
             return
         self.results.curves = curves
         self.results.values[models.CURVES_GOAL] = models.noise_ratio(curves)
-        report.save(self.results, self.out)
+        save(self.results, self.out)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -242,7 +329,11 @@ def _name(dtype: torch.dtype) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parse(arguments)
-    terminal = report.Terminal()
+    terminal = Terminal()
+    if options.results:
+        results = load(options.results, GOALS)
+        report.show(results, terminal, report.save_page(results, options.out or options.results[0]), details=False)
+        return 0
     terminal.print(f"accel bench on {device_name(options.device)}, {torch.get_num_threads()} threads")
     return Suite(options, arguments, terminal).run()
 

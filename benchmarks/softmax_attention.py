@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 import accel
 from accel import dispatch
-from accel.benchmarks.harness import Case, Cost, Goal, Provider
+from accel.benchmarks.goals import Goal
+from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short
 from accel.ops.attention.softmax_attention import OP
 
 NAME = "softmax_attention"
@@ -161,7 +162,6 @@ def _case(
     dtype: torch.dtype,
     modes: Sequence[str],
     providers: Sequence[Provider],
-    names: Sequence[str] | None,
     rows: int = 0,
 ) -> Case:
     tokens = shape.batch * shape.tokens
@@ -173,7 +173,7 @@ def _case(
         dtype=dtype,
         inputs=_inputs(shape, device, dtype, rows),
         reference=reference(shape.rules),
-        providers=tuple(p for p in providers if names is None or p.name in names),
+        providers=tuple(providers),
         costs=costs(shape.pairs, tokens, shape, dtype.itemsize, modes),
         family=shape.family,
     )
@@ -202,17 +202,14 @@ def _table_cases(
     device: str,
     dtype: torch.dtype,
     modes: Sequence[str],
-    names: Sequence[str] | None,
     tokens: int,
-    every_rule: bool,
     batch: int = 1,
 ) -> Iterator[Case]:
     found: list[tuple[str, str, Callable[[int, str], Tensor], Any, int]] = [
         ("toeplitz", "T5 buckets", _t5, accel.T5Buckets(), 32),
         ("index", "any order", _arbitrary, None, 2 * tokens - 1),
+        ("toeplitz", "every distance", _toeplitz, "toeplitz", 2 * tokens - 1),
     ]
-    if every_rule:
-        found.append(("toeplitz", "every distance", _toeplitz, "toeplitz", 2 * tokens - 1))
     for kind, variant, dense, rule, rows in found:
         index = dense(tokens, device)
         rules = {"bias_index": index if rule is None else rule}
@@ -225,7 +222,7 @@ def _table_cases(
             providers.append(_provider("sdpa without bias", without_table(sdpa({})), without_table(reference({}))))
         if device == "cuda":
             providers.append(_provider("sdpa efficient", efficient(sdpa(rules, index))))
-        yield _case(shape, device, dtype, modes, providers, names, rows)
+        yield _case(shape, device, dtype, modes, providers, rows)
 
 
 # --- no bias ---
@@ -249,16 +246,14 @@ LONG = tuple(
 )
 
 
-def _plain_case(
-    shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], names: Sequence[str] | None
-) -> Case:
+def _plain_case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -> Case:
     providers = [
         _provider("accel", ours(shape.rules), backend=_backend(shape.rules)),
         _provider("sdpa", sdpa(shape.rules)),
     ]
     if device == "cuda":
         providers.append(_provider("triton", ours(shape.rules, "triton"), backend=lambda *inputs: "triton"))
-    return _case(shape, device, dtype, modes, providers, names)
+    return _case(shape, device, dtype, modes, providers)
 
 
 # --- masks: time against that without one ---
@@ -291,14 +286,12 @@ def live_tiles(shape: Shape, side: int = 64) -> float:
     return live / (-(-shape.tokens // side)) ** 2
 
 
-def _mask_case(
-    shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], names: Sequence[str] | None
-) -> Case:
+def _mask_case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -> Case:
     providers = [
         _provider("accel", ours(shape.rules), backend=_backend(shape.rules)),
         _provider("accel without mask", ours({}), reference({}), backend=_backend({})),
     ]
-    return _case(shape, device, dtype, modes, providers, names)
+    return _case(shape, device, dtype, modes, providers)
 
 
 # --- a packed batch against the padded one ---
@@ -342,7 +335,7 @@ class Packed:
         return torch.cat(each)
 
 
-def _packed_case(device: str, dtype: torch.dtype, modes: Sequence[str], names: Sequence[str] | None) -> Case:
+def _packed_case(device: str, dtype: torch.dtype, modes: Sequence[str]) -> Case:
     packed = Packed(device)
     shape = Shape("packed", "lengths 32 to 512", packed.starts[-1])
 
@@ -365,7 +358,7 @@ def _packed_case(device: str, dtype: torch.dtype, modes: Sequence[str], names: S
         dtype=dtype,
         inputs=make,
         reference=packed.reference,
-        providers=tuple(p for p in providers if names is None or p.name in names),
+        providers=tuple(providers),
         costs=costs(pairs, packed.starts[-1], shape, dtype.itemsize, modes),
         family="softmax_few",
     )
@@ -374,35 +367,46 @@ def _packed_case(device: str, dtype: torch.dtype, modes: Sequence[str], names: S
 # --- all rows ---
 
 
-def cases(device: str, dtypes: Sequence[torch.dtype], level: str, providers: Sequence[str] | None) -> Iterator[Case]:
-    """All rows of the op, those that goals are about first. ``level``: quick, normal or full."""
+def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """All rows of the op, those that goals are about first."""
     both = ["forward", "forward+backward"]
     if device == "cuda":
-        yield from _cuda_cases(dtypes, level, providers)
+        yield from _cuda_cases(dtypes)
         return
-    training = both if level == "full" else ["forward"]
     for dtype in dtypes:
         for tokens in (512, 1024):
-            every_rule = tokens == 512 or level == "full"  # the long rows take most of the time
-            yield from _table_cases(device, dtype, both, providers, tokens, every_rule)
+            yield from _table_cases(device, dtype, both, tokens)
         for shape in PLAIN:
-            yield _plain_case(shape, device, dtype, training, providers)
-        yield _packed_case(device, dtype, training, providers)
+            yield _plain_case(shape, device, dtype, both)
+        yield _packed_case(device, dtype, both)
         for shape in MASKS:
-            yield _mask_case(shape, device, dtype, training, providers)
+            yield _mask_case(shape, device, dtype, both)
 
 
-def _cuda_cases(dtypes: Sequence[torch.dtype], level: str, providers: Sequence[str] | None) -> Iterator[Case]:
+def _cuda_cases(dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     modes = ["forward", "backward"]
     for dtype in dtypes:
         for shape in LONG:
-            yield _plain_case(shape, "cuda", dtype, modes, providers)
-        yield from _table_cases("cuda", dtype, ["forward", "forward+backward"], providers, 2048, True, batch=8)
-        if level == "quick":
-            continue
-        yield _packed_case("cuda", dtype, modes, providers)
+            yield _plain_case(shape, "cuda", dtype, modes)
+        yield from _table_cases("cuda", dtype, ["forward", "forward+backward"], 2048, batch=8)
+        yield _packed_case("cuda", dtype, modes)
         for shape in MASKS:
-            yield _mask_case(shape, "cuda", dtype, modes, providers)
+            yield _mask_case(shape, "cuda", dtype, modes)
+
+
+SHORT = Short(
+    rivals=("sdpa",),
+    cpu=(
+        Pick("T5's bias, 512 tokens", "toeplitz 512", "T5 buckets"),
+        Pick("causal, 1024 tokens", "plain", "T 1024 causal", ("forward",)),
+        Pick("packed batch against padded", "packed", "lengths 32 to 512", ("forward",)),
+    ),
+    cuda=(
+        Pick("causal, 8192 tokens", "8K", "causal"),
+        Pick("T5's bias, 2048 tokens", "toeplitz 2048", "T5 buckets"),
+        Pick("8192 tokens", "8K", "full"),
+    ),
+)
 
 
 # --- goals ---

@@ -1,4 +1,4 @@
-"""The rows of ``python -m accel bench --quick`` as pytest-benchmark tests: ``pytest benchmarks --benchmark-only``.
+"""The ops' rows of ``python -m accel bench`` as pytest-benchmark tests: ``pytest benchmarks --benchmark-only``.
 
 Each is proven against the reference first, then timed alone; for ratios use the bench command, which interleaves.
 """
@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from accel.benchmarks import harness, window_attention
+from accel.benchmarks import _choice, harness
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY = [case for op in _choice.OPS.values() for case in op.cases(DEVICE, [torch.float32, torch.bfloat16])]
 CASES = [
     pytest.param(case, provider, mode, id=f"{case.op} {case.label} {mode} {provider.name}")
-    for case in window_attention.cases(DEVICE, [torch.float32, torch.bfloat16], "quick", None)
+    for _, case in _choice.short(EVERY, DEVICE)
     for provider in case.providers
     for mode in case.costs
 ]

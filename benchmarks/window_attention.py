@@ -20,7 +20,8 @@ from torch import Tensor
 
 import accel
 from accel import dispatch
-from accel.benchmarks.harness import Case, Cost, Goal, Provider
+from accel.benchmarks.goals import Goal
+from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short, compiled
 from accel.ops.windows.window_attention import LN_100, OP, relative_position_index
 
 NAME = "window_attention"
@@ -214,11 +215,6 @@ def ours_block(shape: Shape, backend: str | None = None) -> Callable[..., Tensor
     return function
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    torch._dynamo.reset()  # the limit of recompilations counts per function, and beyond it eager code would run
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
 # --- cases ---
 
 
@@ -227,7 +223,6 @@ def _providers(
     theirs: Callable[..., Callable[..., Tensor]],
     shape: Shape,
     device: str,
-    names: Sequence[str],
 ) -> tuple[Provider, ...]:
     def backend(*inputs: Tensor) -> str:
         qkv = inputs[0]
@@ -236,13 +231,12 @@ def _providers(
         scale = {"logit_scale": inputs[2]} if shape.cosine else {}
         return dispatch.select(OP, OP.prepare(qkv, inputs[1], **_options(shape), **scale)).name
 
-    known = {
-        "accel": Provider("accel", lambda: mine(shape), backend),
-        "eager": Provider("eager", lambda: theirs(shape, device)),
-        "compile": Provider("compile", lambda: _compiled(theirs(shape, device)), lambda *inputs: "inductor"),
-        "sdpa": Provider("sdpa", lambda: theirs(shape, device, _attend_sdpa)),
-    }
-    return tuple(known[name] for name in names if name in known)
+    return (
+        Provider("accel", lambda: mine(shape), backend),
+        Provider("eager", lambda: theirs(shape, device)),
+        Provider("compile", lambda: compiled(theirs(shape, device)), lambda *inputs: "inductor"),
+        Provider("sdpa", lambda: theirs(shape, device, _attend_sdpa)),
+    )
 
 
 def _inputs(shape: Shape, device: str, dtype: torch.dtype, with_block: bool) -> Callable[..., tuple[Tensor, ...]]:
@@ -284,9 +278,7 @@ def costs(shape: Shape, itemsize: int, modes: Sequence[str], with_block: bool = 
     return {mode: known[mode] for mode in modes}
 
 
-def _case(
-    shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], providers: Sequence[str], with_block: bool
-) -> Case:
+def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str], with_block: bool) -> Case:
     mine, theirs = (ours_block, block) if with_block else (ours, core)
     return Case(
         op=NAME,
@@ -296,38 +288,38 @@ def _case(
         dtype=dtype,
         inputs=_inputs(shape, device, dtype, with_block),
         reference=mine(shape, "reference"),
-        providers=_providers(mine, theirs, shape, device, providers),
+        providers=_providers(mine, theirs, shape, device),
         costs=costs(shape, dtype.itemsize, modes, with_block),
         family="softmax",
     )
 
 
-def cases(device: str, dtypes: Sequence[torch.dtype], level: str, providers: Sequence[str] | None) -> Iterator[Case]:
-    """All rows of the op, those that goals are about first. ``level``: quick, normal or full."""
-    full = level == "full"
-    modes = ["forward", "forward+backward"] if device == "cpu" and not full else ["forward", "backward"]
-    if full and device == "cpu":
-        modes.append("forward+backward")
-    default = ["accel", "eager"] if level == "quick" else ["accel", "eager", "compile"]
-    if full:
-        default.append("sdpa")
-    named = list(providers) if providers else default
-
-    batches = (4,) if device == "cpu" else ((64,) if level == "quick" else (64, 128, 256))
+def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
+    """All rows of the op, those that goals are about first."""
+    modes = ["forward", "backward", *(["forward+backward"] if device == "cpu" else [])]
+    batches = (4,) if device == "cpu" else (64, 128, 256)
     for dtype in dtypes:
         for batch in batches:
             for shape in _stages(batch, "" if device == "cpu" else f"B{batch} "):
-                # compiling costs more than all the timing: outside of --full only where a goal needs it
-                judged = shape.group.removeprefix("B64 ") in ("stage 1", "stage 2")
-                names = [n for n in named if n != "compile" or judged or full or providers]
-                yield _case(shape, device, dtype, modes, names, with_block=False)
-        if device == "cuda" or full:
-            for shape in _stages(batches[0], "block "):
-                yield _case(shape, device, dtype, modes, named, with_block=True)
-    if full:
-        for dtype in dtypes:
-            for shape in _others(4 if device == "cpu" else 64):
-                yield _case(shape, device, dtype, modes, named, with_block=False)
+                yield _case(shape, device, dtype, modes, with_block=False)
+        for shape in _stages(batches[0], "block "):
+            yield _case(shape, device, dtype, modes, with_block=True)
+    for dtype in dtypes:
+        for shape in _others(batches[0]):
+            yield _case(shape, device, dtype, modes, with_block=False)
+
+
+SHORT = Short(
+    rivals=("eager",),
+    cpu=(
+        Pick("Swin stage 1, shifted", "stage 1", "shift 3", ("forward", "forward+backward")),
+        Pick("Swin stage 1, not shifted", "stage 1", "shift 0", ("forward", "forward+backward")),
+    ),
+    cuda=(
+        Pick("Swin stage 1, batch 64", "B64 stage 1", "shift 3"),
+        Pick("the block around it", "block stage 1", "shift 3"),
+    ),
+)
 
 
 # --- goals ---

@@ -1,0 +1,95 @@
+"""Which rows a run measures: the few that a user cares about, those that a goal is about, or all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accel.benchmarks import (
+    deform_attention2d,
+    deform_conv2d,
+    models,
+    ms_deform_attn,
+    ps_roi_align,
+    ps_roi_pool,
+    softmax_attention,
+    window_attention,
+)
+from accel.benchmarks._machine import dtype_name
+from accel.benchmarks.goals import Goal, concerns
+from accel.benchmarks.harness import OURS, Case, Row
+
+
+@dataclass(frozen=True)
+class Family:
+    """``seconds`` is what the short run spends on it on two cores: nothing new of it begins after that."""
+
+    name: str
+    seconds: float
+    ops: tuple[Any, ...]  # benchmark modules, the most important first
+
+
+FAMILIES = (
+    Family(models.NAME, 90, (models,)),
+    Family("attention", 30, (softmax_attention,)),
+    Family("windows", 20, (window_attention,)),
+    Family("deformable", 45, (ms_deform_attn, deform_conv2d, deform_attention2d)),
+    Family("boxes", 15, (ps_roi_align, ps_roi_pool)),
+)
+BUDGET = 270.0
+"""Seconds of the short run, all families and the page together; with the set-up (150 s) that is less than 8 minutes."""
+
+OPS: dict[str, Any] = {module.NAME: module for family in FAMILIES for module in family.ops if module is not models}
+FAMILY = {module.NAME: family.name for family in FAMILIES for module in family.ops}
+RIVALS: dict[str, tuple[str, ...]] = {module.NAME: module.SHORT.rivals for family in FAMILIES for module in family.ops}
+PROVIDERS = tuple(dict.fromkeys(name for module in OPS.values() for name in module.PROVIDERS))
+GOALS: tuple[Goal, ...] = (*(goal for module in OPS.values() for goal in module.GOALS), *models.GOALS)
+
+
+def narrowed(case: Case, modes: Collection[str], names: Collection[str]) -> Iterator[Case]:
+    """The part of a case that is of these modes and providers, if there is any."""
+    costs = {mode: cost for mode, cost in case.costs.items() if mode in modes}
+    providers = tuple(p for p in case.providers if p.name in names)
+    if costs and providers:
+        yield replace(case, costs=costs, providers=providers)
+
+
+def short(cases: Sequence[Case], device: str) -> Iterator[tuple[int, Case]]:
+    """The cases that their op picks for the short run, with their rank: those of rank 0 matter most."""
+    for case in cases:
+        what = OPS[case.op].SHORT
+        for rank, pick in enumerate(what.picks(device)):
+            if (case.group, case.variant) == (pick.group, pick.variant):
+                yield from ((rank, part) for part in narrowed(case, pick.modes, (OURS, *what.rivals)))
+
+
+def judged(cases: Iterable[Case], device: str, goals: Sequence[Goal]) -> Iterator[Case]:
+    """What the goals need: each case in the modes they are about, with the rivals they name."""
+    bases = [replace(goal, where={**goal.where, **goal.base}) for goal in goals if goal.base]
+    for case in cases:
+        modes: set[str] = set()
+        names: set[str] = set()
+        for row in rows_of(case, device):
+            for goal in (*goals, *bases):
+                if concerns(goal, row):
+                    modes.add(row.mode)
+                    names |= {goal.of, *goal.rival.split("|")}
+        yield from narrowed(case, modes, names)
+
+
+def rows_of(case: Case, device: str) -> list[Row]:
+    """Its rows, with nothing measured."""
+    about = (case.op, case.group, case.variant, case.shape, dtype_name(case.dtype))
+    return [Row(*about, mode, device, provider.name) for mode in case.costs for provider in case.providers]
+
+
+def whole(goals: Iterable[Goal], every: Iterable[Row], chosen: Iterable[Row]) -> list[Goal]:
+    """The goals of which each row there is was chosen: a mean over a part of its rows would judge something else."""
+    have = {(row.op, row.label, row.mode, row.provider) for row in chosen}
+    missing = [row for row in every if (row.op, row.label, row.mode, row.provider) not in have]
+
+    def lacks(goal: Goal, row: Row) -> bool:
+        return row.provider in (goal.of, *goal.rival.split("|")) and concerns(goal, row)
+
+    return [goal for goal in goals if not any(lacks(goal, row) for row in missing)]

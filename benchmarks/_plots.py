@@ -1,0 +1,194 @@
+"""Pictures that need matplotlib: every op's speed-ups with the goals, the roofline, and training curves."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from accel.benchmarks._choice import RIVALS
+from accel.benchmarks._results import Results
+from accel.benchmarks._tables import speedups
+from accel.benchmarks.goals import concerns, geometric_mean
+from accel.benchmarks.harness import OURS, Row
+
+INK = "#123456"  # stands for the page's text colour in a picture; replaced by currentColor
+COLORS = {
+    OURS: "#2f6fde",
+    "compile": "#e08a1e",
+    "sdpa": "#1f9d6b",
+    "torchvision": "#c2477f",
+    "conv2d": "#7a6ff0",
+    "eager": "#8a94a3",
+    "core stubbed out": "#b9a3e3",
+}
+GOAL = "#d6336c"
+
+
+def pictures(results: Results) -> list[str]:
+    """Sections of the page, each a heading and a figure."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return ["<p class='soft'>matplotlib is not installed: no pictures.</p>"]
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "accel",
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10.5,
+        "legend.frameon": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    }
+    parts = []
+    with plt.rc_context(settings):
+        for op in dict.fromkeys(row.op for row in results.rows):
+            figure = _bars(plt, results, op)
+            if figure is not None:
+                caption = "Times as fast as the rival. Bars are geometric means, dots single rows, red lines goals."
+                parts.append(f"<h3>Speed-up: {html.escape(op)}</h3>" + _figure(plt, figure, caption))
+        roofline = _roofline(plt, results)
+        if roofline is not None:
+            caption = (
+                "FLOP/s over FLOPs per byte that must move. Lines are this machine's measured copy bandwidth (large "
+                "copies; small maps stay in cache and may lie above) and its rate of multiply-adds on registers; the "
+                "broken line is what torch.mm gives of that."
+            )
+            parts.append("<h3>Roofline</h3>" + _figure(plt, roofline, caption))
+        if results.curves is not None:
+            caption = (
+                "A small Swin trained on scikit-learn’s digits. Below, how far each run lies from the unpatched one; "
+                "the grey runs are unpatched too, but began with every weight one unit in the last place away."
+            )
+            parts.append("<h3>Training</h3>" + _figure(plt, _curves(plt, results), caption))
+    return parts
+
+
+def _figure(plt: Any, figure: Any, caption: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(INK, "currentColor")
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _bars(plt: Any, results: Results, op: str) -> Any | None:
+    """A panel per mode; in it a cluster per group and dtype, a bar per provider that is not eager."""
+    rows = [row for row in results.rows if row.op == op]
+    factor = speedups(rows)
+    rows = [row for row in rows if id(row) in factor and row.provider in COLORS and factor[id(row)] != 1.0]
+    if not rows:
+        return None
+    modes = list(dict.fromkeys(row.mode for row in rows))
+    clusters = {m: list(dict.fromkeys((r.group, r.dtype) for r in rows if r.mode == m)) for m in modes}
+    tallest = max(len(c) for c in clusters.values())
+    shape = (11, 0.9 + 0.62 * tallest)
+    figure, panels = plt.subplots(1, len(modes), figsize=shape, squeeze=False, layout="constrained")
+    providers = [p for p in COLORS if any(row.provider == p for row in rows)]
+    thick = 0.8 / max(1, len(providers))
+    for panel, mode in zip(panels[0], modes, strict=True):
+        for at, (group, dtype) in enumerate(clusters[mode]):
+            for i, provider in enumerate(providers):
+                found = [
+                    factor[id(r)]
+                    for r in rows
+                    if (r.group, r.dtype, r.mode, r.provider) == (group, dtype, mode, provider)
+                ]
+                if not found:
+                    continue
+                y, mean = at + (i - (len(providers) - 1) / 2) * thick, geometric_mean(found)
+                panel.barh(y, mean, thick * 0.88, color=COLORS[provider], label=provider if at == 0 else None)
+                if len(found) > 1:
+                    panel.plot(found, [y] * len(found), ".", color=INK, markersize=3.5, zorder=3)
+                panel.annotate(
+                    f"{mean:.2f}×",
+                    (max(found), y),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=8.5,
+                )
+            row = next(r for r in rows if (r.group, r.dtype, r.mode) == (group, dtype, mode))
+            for goal in results.goals:
+                if goal.figure == "speedup" and goal.per == 1 and goal.rival in RIVALS[op][:1] and concerns(goal, row):
+                    panel.plot([goal.at_least] * 2, [at - 0.45, at + 0.45], color=GOAL, linewidth=1.6, zorder=4)
+        panel.axvline(1, color=INK, linewidth=0.8, alpha=0.6)
+        panel.set_yticks(range(len(clusters[mode])), [f"{group}, {dtype}" for group, dtype in clusters[mode]])
+        panel.set_ylim(len(clusters[mode]) - 0.5, -0.5)
+        panel.set_xlim(0, panel.get_xlim()[1] * 1.1)
+        panel.set_title(mode)
+        panel.tick_params(axis="y", length=0)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[p]) for p in providers]
+    figure.legend(handles, providers, loc="outside lower left", ncols=len(providers))
+    return figure
+
+
+def _roofline(plt: Any, results: Results) -> Any | None:
+    rows = [row for row in results.rows if row.tflops and row.gbs]
+    if not rows:
+        return None
+    dtypes = list(dict.fromkeys(row.dtype for row in rows))
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(11, 4.2), squeeze=False, sharey=True, layout="constrained")
+    bandwidth = results.ceilings.copy[-1][1]
+    markers = {"forward": "o", "backward": "s", "forward+backward": "^"}
+    for panel, dtype in zip(panels[0], dtypes, strict=True):
+        mine = [row for row in rows if row.dtype == dtype]
+        work: Callable[[Row], float] = lambda row: 1e3 * (row.tflops or 0) / (row.gbs or 1)  # noqa: E731
+        peak = results.ceilings.multiply[dtype]
+        ridge = peak / bandwidth
+        low, high = min(*map(work, mine), ridge) / 3, max(*map(work, mine), ridge) * 3
+        panel.plot([low, ridge, high], [low * bandwidth / 1e9, peak / 1e9, peak / 1e9], color=INK, linewidth=1.2)
+        mm = results.ceilings.mm.get(dtype, peak)
+        if mm != peak:
+            panel.plot([mm / bandwidth, high], [mm / 1e9] * 2, color=INK, linewidth=1, linestyle="--")
+        for provider in [p for p in reversed(COLORS) if any(r.provider == p for r in mine)]:
+            for mode, marker in markers.items():
+                dots = [(work(r), 1e3 * (r.tflops or 0)) for r in mine if (r.provider, r.mode) == (provider, mode)]
+                if dots:
+                    panel.plot(*zip(*dots, strict=True), marker, color=COLORS[provider], alpha=0.8, markersize=5)
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_title(dtype)
+        panel.set_xlabel("FLOP per byte")
+    panels[0][0].set_ylabel("GFLOP/s")
+    seen = [p for p in COLORS if any(r.provider == p for r in rows)]
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=COLORS[p]) for p in seen]
+    used = [m for m in markers if any(r.mode == m for r in rows)]
+    handles += [plt.Line2D([], [], marker=markers[m], linestyle="", color=INK, fillstyle="none") for m in used]
+    figure.legend(handles, [*seen, *used], loc="outside lower left", ncols=len(handles))
+    return figure
+
+
+def _curves(plt: Any, results: Results) -> Any:
+    curves = results.curves
+    assert curves is not None
+    steps = range(1, len(curves.eager) + 1)
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(11, 5), sharex=True, height_ratios=(2, 1.2), layout="constrained"
+    )
+    above.plot(steps, curves.eager, color=COLORS["eager"], linewidth=3, label="unpatched")
+    above.plot(steps, curves.patched, color=COLORS[OURS], linewidth=1.2, label="patched")
+    above.set_ylabel("loss")
+    above.legend()
+    tiny = 1e-9  # a logarithmic axis has no zero
+    for i, other in enumerate(curves.perturbed):
+        apart = [max(abs(a - b), tiny) for a, b in zip(curves.eager, other, strict=True)]
+        below.plot(steps, apart, color=COLORS["eager"], linewidth=1, label="one ulp away" if i == 0 else None)
+    apart = [max(abs(a - b), tiny) for a, b in zip(curves.eager, curves.patched, strict=True)]
+    below.plot(steps, apart, color=COLORS[OURS], linewidth=1.2, label="patched")
+    below.set_yscale("log")
+    below.set_ylabel("difference")
+    below.set_xlabel("step")
+    below.legend()
+    return figure
