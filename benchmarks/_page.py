@@ -148,11 +148,14 @@ def _speed(found: Sequence[Match]) -> str:
 
 
 def _memory(found: Sequence[Match]) -> str:
-    """The case of each op and mode whose rival needs most: what that is, and what ours needs."""
-    most: dict[tuple[str, str], Match] = {}
-    for match in sorted(found, key=lambda match: match.rival.peak_mib or 0.0):
-        if match.memory is not None and match.ours.op != models.NAME:
-            most[match.ours.op, match.ours.mode] = match
+    """The case of each op whose rival needs most: what that is, and what ours needs."""
+    most: dict[str, Match] = {}
+    for match in found:
+        if match.memory is None or match.ours.op == models.NAME:
+            continue
+        known = most.get(match.ours.op)
+        if known is None or (match.rival.peak_mib or 0.0) > (known.rival.peak_mib or 0.0):
+            most[match.ours.op] = match
     cards = []
     for match in most.values():
         theirs, ours = match.rival.peak_mib or 0.0, match.ours.peak_mib or 0.0

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 from accel.benchmarks import models
-from accel.benchmarks._tables import NAMES, Match
+from accel.benchmarks._tables import NAMES, Match, number
 
-WIDTH, LEFT, RIGHT = 420, 8, 62  # of a panel; beside the bars is room for their figures
-HEAD, ROW, BAR, FOOT = 34, 44, 10, 22
+WIDTH, LEFT, RIGHT = 430, 14, 58  # of a panel; beside the bars is room for their figures
+HEAD, BAR = 36, 10
 GAP = 28  # between panels of the picture
 
 STYLE = """
@@ -54,33 +54,37 @@ def against(match: Match) -> str:
     return NAMES.get(match.rival.provider, match.rival.provider)
 
 
+def _bars(found: Sequence[Match], y: float, ticks: Sequence[float]) -> str:
+    """One bar under another from 1× on, with their figures, over lines at the powers of two."""
+    end, parts = y + len(found) * (BAR + 2), []
+    for tick in ticks:
+        kind, x = "one" if tick == 1 else "line", _at(tick, ticks)
+        parts.append(f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{y - 2}' y2='{end}' class='{kind}'/>")
+    for i, match in enumerate(found):
+        top, one, x = y + i * (BAR + 2), _at(1.0, ticks), _at(match.speedup, ticks)
+        parts.append(
+            f"<rect x='{min(one, x):.1f}' y='{top}' width='{max(1.0, abs(x - one)):.1f}' height='{BAR}' rx='2' "
+            f"class='{match.ours.dtype}'/>"
+        )
+        parts.append(_text(max(one, x) + 5, top + BAR - 0.5, f"{number(match.speedup)}×"))
+    return "".join(parts)
+
+
 def panel(name: str, found: Sequence[Match], ticks: Sequence[float]) -> tuple[str, int]:
     """A family's bars, those of one case and mode under one line of text, and the height they take."""
-    cases: dict[tuple[str, str, str], list[Match]] = {}
+    cases: dict[tuple[str, str], list[Match]] = {}
     for match in found:
-        cases.setdefault((match.title, match.ours.mode, against(match)), []).append(match)
-    parts = [_text(LEFT, 16, name, "title")]
-    end = HEAD + ROW * len(cases) - 8
-    for tick in ticks:
-        x = _at(tick, ticks)
-        parts.append(
-            f"<line x1='{x:.1f}' x2='{x:.1f}' y1='{HEAD - 8}' y2='{end}' class='{'one' if tick == 1 else 'line'}'/>"
-        )
-        parts.append(_text(x, end + 14, f"{tick:g}×", "soft", "middle"))
-    for i, ((title, mode, rival), bars) in enumerate(cases.items()):
-        y = HEAD + ROW * i
-        parts.append(
-            f"<text x='{LEFT}' y='{y + 6}'>{html.escape(title)}<tspan class='soft' dx='6'>{html.escape(mode)}, against "
-            f"{html.escape(rival)}</tspan></text>"
-        )
-        for j, match in enumerate(bars):
-            top, one, x = y + 11 + j * (BAR + 2), _at(1.0, ticks), _at(match.speedup, ticks)
-            parts.append(
-                f"<rect x='{min(one, x):.1f}' y='{top}' width='{max(1.0, abs(x - one)):.1f}' height='{BAR}' rx='2' "
-                f"class='{match.ours.dtype}'/>"
-            )
-            parts.append(_text(max(one, x) + 5, top + BAR - 0.5, f"{match.speedup:.2f}×", "", "start"))
-    return "\n".join(parts), end + FOOT
+        mode = "with backward" if match.ours.mode == "forward+backward" else match.ours.mode
+        said = f"{mode}, against {against(match)}"
+        cases.setdefault((match.title, said), []).append(match)
+    parts, y = [_text(LEFT, 16, name, "title")], HEAD
+    for (title, said), mine in cases.items():
+        soft = f"<tspan class='soft' dx='7'>{html.escape(said)}</tspan>"
+        parts.append(f"<text x='{LEFT}' y='{y + 6}'>{html.escape(title)}{soft}</text>")
+        parts.append(_bars(mine, y + 12, ticks))
+        y += 26 + len(mine) * (BAR + 2)
+    parts += [_text(_at(tick, ticks), y + 2, f"{tick:g}×", "soft", "middle") for tick in ticks]
+    return "\n".join(parts), y + 10
 
 
 def legend(found: Sequence[Match], x: float, y: float) -> str:
@@ -107,7 +111,7 @@ def picture(found: Sequence[Match]) -> str:
     """All panels in one drawing that stands alone, in two columns of about the same height."""
     ticks, ends = _ticks(found), [16, 16]
     placed = []
-    for name, mine in sorted(families(found).items(), key=lambda item: -len(item[1])):
+    for name, mine in families(found).items():
         body, height = panel(name, mine, ticks)
         column = ends.index(min(ends))
         placed.append(f"<g transform='translate({16 + column * (WIDTH + GAP)} {ends[column]})'>{body}</g>")

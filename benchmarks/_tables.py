@@ -12,9 +12,9 @@ from accel.benchmarks.goals import Verdict, pairs
 from accel.benchmarks.harness import OURS, Row
 
 NAMES = {
-    "sdpa": "torch's SDPA",
-    "eager": "eager PyTorch",
-    "conv2d": "a plain conv2d",
+    "sdpa": "SDPA",
+    "eager": "eager torch",
+    "conv2d": "plain conv2d",
     "torchvision": "torchvision",
 }
 """Rivals in a reader's words."""

@@ -1,6 +1,7 @@
 import contextlib
 import os
 
+import pytest
 import torch
 
 # Triton kernels are tested through its interpreter where there is no GPU; it must be asked for before the first import.
@@ -14,3 +15,12 @@ with contextlib.suppress(ModuleNotFoundError):  # tests of torchvision's models 
 
 # Test tensors are tiny; waking a second thread for each costs more than the work, ten times so on a busy machine.
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def one_thread():
+    """One thread to begin with, and those of before afterwards, whatever the test sets."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,244 @@
+"""What the benchmark suite says of a row: right or wrong before any speed, and the goals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from _bench import FASTER, WHERE, FakeClock, make_case, provider_of, row_of, rows_of
+from torch import Tensor
+
+from accel.benchmarks import _choice, _tables, _timing, goals, harness
+from accel.benchmarks.goals import Goal
+from accel.benchmarks.harness import Case, Provider, Row
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_right_row_has_times_and_what_follows_from_them() -> None:
+    rows = rows_of(make_case(provider_of("accel", lambda x, y: x * y)), FakeClock({"accel": [0.002]}))
+    assert [row.mode for row in rows] == ["forward", "forward+backward"]
+    row = rows[0]
+    assert (row.status, row.backend, row.p50_ms, row.cpu_ms) == ("ok", "fake", 2.0, 4.0)
+    assert row.tflops == pytest.approx(5e-4)
+    assert row.gbs == pytest.approx(2**20 / 0.002 / 1e9)
+    assert row.floor_ms == pytest.approx(1.0)  # 10**6 FLOPs at 1e9 take longer than 1 MiB at 4e9
+    assert row.of_ceiling == pytest.approx(0.5)
+    assert row.error == pytest.approx(0.0, abs=1e-6)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor, y: Tensor) -> Tensor:
+        return x * y
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.sum(0)
+
+
+def _one_wrong_element(x: Tensor, y: Tensor) -> Tensor:
+    out = x * y
+    keep = torch.ones_like(out)
+    keep[-1, -1] = 1 + 1e-3
+    return out * keep
+
+
+@pytest.mark.parametrize(
+    ("function", "modes"),
+    [
+        pytest.param(lambda x, y: x * y * 1.01, ("forward", "forward+backward"), id="output"),
+        pytest.param(_one_wrong_element, ("forward", "forward+backward"), id="one element"),
+        pytest.param(lambda x, y: (x * y)[:2], ("forward", "forward+backward"), id="shape"),
+        pytest.param(lambda x, y: (x * y).double(), ("forward", "forward+backward"), id="dtype"),
+        pytest.param(lambda x, y: x * y + float("nan"), ("forward", "forward+backward"), id="NaN"),
+        pytest.param(lambda x, y: _WrongGradient.apply(x, y), ("forward+backward",), id="gradient"),
+    ],
+)
+def test_a_wrong_provider_gets_no_speed(function: Callable[..., Tensor], modes: tuple[str, ...]) -> None:
+    clock = FakeClock()
+    rows = rows_of(make_case(provider_of("accel", function), provider_of("eager", lambda x, y: x * y)), clock)
+    for row in rows:
+        if row.provider == "accel" and row.mode in modes:
+            assert row.status == "FAIL"
+            assert row.reason
+            assert (row.p50_ms, row.tflops, row.gbs, row.cpu_ms, row.peak_mib) == (None,) * 5
+            assert "FAIL" in _tables.row_cells(row, None)[-1]
+        else:
+            assert row.status == "ok", row.reason
+    assert clock.order.count("accel") == 3 * (2 - len(modes))
+
+
+def test_a_rival_is_held_to_the_mean_in_half_precision_and_to_every_row_in_fp32() -> None:
+    expected = torch.ones(1000, 8, dtype=torch.float64)
+    off = expected.clone()
+    off[5, 3] += 0.2
+    for dtype, ours, rival in ((torch.bfloat16, True, False), (torch.float32, True, True)):
+        limit = harness.TOLERANCES["softmax_grad", dtype]._replace(rms=8e-3)  # the mean alone would let it pass
+        assert bool(harness.judge(off.to(dtype), expected, limit, "gradient")[1]) is ours
+        assert bool(harness.judge(off.to(dtype), expected, limit, "gradient", harness.RIVAL_SLACK)[1]) is rival
+    far = (expected * 1.05).to(torch.bfloat16)
+    limit = harness.TOLERANCES["softmax", torch.bfloat16]
+    assert "relative RMS" in harness.judge(far, expected, limit, "output", harness.RIVAL_SLACK)[1]
+
+
+def test_a_rival_that_cannot_be_built_is_a_reason_and_the_rest_goes_on() -> None:
+    def broken() -> Callable[..., Tensor]:
+        raise RuntimeError("no compiler\n  here")
+
+    rows = rows_of(make_case(Provider("compile", broken), provider_of("accel", lambda x, y: x * y), modes=["forward"]))
+    assert (rows[0].status, rows[0].reason) == ("unavailable", "RuntimeError: no compiler here")
+    assert rows[1].p50_ms is not None
+
+
+def test_backward_alone_times_the_gradient_and_is_right() -> None:
+    rows = rows_of(make_case(provider_of("accel", lambda x, y: x * y), modes=["backward"]), _timing.CpuClock())
+    assert (rows[0].status, rows[0].samples) == ("ok", 3)
+
+
+# --- goals ---
+
+
+def test_a_speedup_is_the_geometric_mean_over_variants() -> None:
+    rows = [row_of("accel", 1), row_of("eager", 8), row_of("accel", 2, "shift 3"), row_of("eager", 4, "shift 3")]
+    verdict = goals.reach(FASTER, rows, {})
+    assert verdict.measured == pytest.approx(4.0)
+    assert verdict.met is True
+    slow = goals.reach(FASTER, [row_of("accel", 4), row_of("eager", 6)], {})
+    assert (slow.measured, slow.met) == (pytest.approx(1.5), False)
+
+
+def test_what_cannot_be_measured_is_not_judged_but_a_wrong_result_misses() -> None:
+    assert goals.reach(FASTER, [row_of("eager", 1)], {}).met is None
+    absent = goals.reach(FASTER, [row_of("accel", 1), row_of("eager", None, status="unavailable", reason="gone")], {})
+    assert (absent.met, absent.note) == (None, "eager: gone")
+    wrong = goals.reach(FASTER, [row_of("accel", None, status="FAIL", reason="off by one"), row_of("eager", 1)], {})
+    assert wrong.met is False
+    assert "off by one" in wrong.note
+
+
+def test_goals_of_memory_floor_and_value() -> None:
+    rows = [row_of("accel", 3, peak_mib=5.0, floor_ms=2.0), row_of("eager", 6, peak_mib=10.0)]
+    memory = Goal("memory", "window_attention", "memory", "cpu", WHERE, "eager", at_most=0.4)
+    floor = Goal("floor", "window_attention", "floor", "cpu", WHERE, at_most=1.5)
+    value = Goal("value", "window_attention", "value", "cpu", at_most=2.0)
+    got = [goals.reach(goal, rows, {"value": 3.0}) for goal in (memory, floor, value)]
+    assert [(v.measured, v.met) for v in got] == [(0.5, False), (1.5, True), (3.0, False)]
+    assert goals.reach(value, rows, {}).met is None
+
+
+def test_goals_of_rate_and_growth() -> None:
+    small, large = ({**WHERE, "group": group} for group in ("stage 1", "stage 2"))
+    rows = [
+        row_of("accel", 3, peak_mib=5.0, tflops=2.0),
+        row_of("triton", 3, peak_mib=5.0, tflops=8.0),
+        dataclasses.replace(row_of("accel", 3, peak_mib=15.0, tflops=4.0), group="stage 2"),
+        dataclasses.replace(row_of("accel", 3, peak_mib=99.0), group="stage 2", variant="another"),
+    ]
+    rate = Goal("rate", "window_attention", "rate", "cpu", small, at_least=3.0)
+    theirs = Goal("theirs", "window_attention", "rate", "cpu", small, at_least=3.0, of="triton")
+    growth = Goal("growth", "window_attention", "growth", "cpu", large, at_most=2.5, base={"group": "stage 1"})
+    got = [goals.reach(goal, rows, {}) for goal in (rate, theirs, growth)]
+    assert [(v.measured, v.met) for v in got] == [
+        (pytest.approx(2.0), False),
+        (pytest.approx(8.0), True),
+        (pytest.approx(3.0), False),
+    ]
+
+
+def test_a_figure_is_divided_by_what_the_work_saved_explains() -> None:
+    goal = dataclasses.replace(FASTER, at_least=0.9, per=2.5)
+    verdict = goals.reach(goal, [row_of("accel", 4), row_of("eager", 8)], {})
+    assert (verdict.measured, verdict.met) == (pytest.approx(0.8), False)
+
+
+def test_a_yardstick_is_judged_by_what_it_computes() -> None:
+    def first(x: Tensor, y: Tensor) -> Tensor:
+        return (2 * x)[:2]
+
+    right = Provider("half the work", lambda: first, computes=first)
+    wrong = Provider("nearly", lambda: lambda x, y: first(x, y) * 1.01, computes=first)
+    rows = rows_of(make_case(provider_of("accel", lambda x, y: x * y), right, wrong))
+    assert [(row.provider, row.status) for row in rows] == 2 * [
+        ("accel", "ok"), ("half the work", "ok"), ("nearly", "FAIL")
+    ]  # fmt: skip
+
+
+def test_a_gradient_of_a_parameter_in_another_dtype_is_judged_in_that() -> None:
+    case = dataclasses.replace(
+        make_case(
+            provider_of("accel", lambda x, y: (x * y).bfloat16()),
+            provider_of("eager", lambda x, y: (x * _Rounded.apply(y)).bfloat16()),
+        ),
+        dtype=torch.bfloat16,
+        inputs=lambda g: (torch.randn(3, 8, generator=g).bfloat16(), torch.randn(8, generator=g)),
+    )
+    rows = [row for row in rows_of(case) if row.mode == "forward+backward"]
+    assert [row.status for row in rows] == ["ok", "ok"], [row.reason for row in rows]
+
+
+class _Rounded(torch.autograd.Function):
+    """Passes the values on, and rounds the gradient as half arithmetic would."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad.bfloat16().float()
+
+
+@pytest.mark.parametrize("module", _choice.OPS.values(), ids=_choice.OPS)
+def test_every_goal_and_pick_is_about_rows_that_exist(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = [torch.float32, torch.bfloat16]
+    for device in ("cpu", "cuda"):
+        if device == "cuda":  # what is put there beside the inputs
+            elsewhere = {n: _on_cpu(getattr(torch, n)) for n in ("arange", "tensor")}
+            for name, function in elsewhere.items():
+                monkeypatch.setattr(module.torch, name, function)
+            monkeypatch.setattr(Tensor, "to", _to_cpu(Tensor.to))
+        found = [
+            (case, harness.dtype_name(case.dtype), mode) for case in module.cases(device, dtypes) for mode in case.costs
+        ]
+        for pick in module.SHORT.picks(device):
+            modes = {m for case, _, m in found if (case.group, case.variant) == (pick.group, pick.variant)}
+            assert modes & set(pick.modes), pick.title
+        for goal in module.GOALS:
+            if goal.device != device:
+                continue
+            for where in (goal.where, {**goal.where, **goal.base}):
+                matching = [
+                    {p.name for p in case.providers}
+                    for case, dtype, mode in found
+                    if all(_field(case, dtype, mode, n) == value for n, value in where.items())
+                ]
+                assert matching, goal.name
+                rivals = (goal.rival or goal.of).split("|")
+                assert all({goal.of, *rivals} <= names for names in matching), goal.name
+
+
+def test_the_slowest_of_several_rivals_counts() -> None:
+    def row(provider: str, dtype: str, ms: float) -> Row:
+        return Row("op", "g", "", "8", dtype, "forward", "cpu", provider, p50_ms=ms)
+
+    times = {"fp32": {"accel": 2.0, "a": 3.0, "b": 5.0, "c": 9.0}, "bf16": {"accel": 2.0, "b": 1.0, "a": 5.0}}
+    rows = [row(provider, dtype, ms) for dtype, by in times.items() for provider, ms in by.items()]
+    goal = Goal("g", "op", "speedup", "cpu", {}, "a|b", at_least=1.0)
+    assert goals.reach(goal, rows, {}).measured == pytest.approx(2.5)
+    assert goals.reach(dataclasses.replace(goal, rival="a"), rows, {}).measured == pytest.approx((1.5 * 2.5) ** 0.5)
+
+
+def _field(case: Case, dtype: str, mode: str, name: str) -> str:
+    return {"dtype": dtype, "mode": mode}.get(name) or getattr(case, name)
+
+
+def _on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **kwargs: function(*args, **{n: v for n, v in kwargs.items() if n != "device"})
+
+
+def _to_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda x, *args, **kwargs: x if args == ("cuda",) else function(x, *args, **kwargs)
