@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     terminal = Terminal()
     if options.results:
         results = load(options.results, GOALS)
-        report.show(results, terminal, report.save_page(results, options.out or options.results[0]), details=False)
+        report.show(results, terminal, report.save_page(results, options.out or Path("reports/page")), details=False)
         return 0
     terminal.print(f"accel bench on {device_name(options.device)}, {torch.get_num_threads()} threads")
     return Suite(options, arguments, terminal).run()
