@@ -70,7 +70,7 @@ def judged(cases: Iterable[Case], device: str, goals: Sequence[Goal]) -> Iterato
     for case in cases:
         modes: set[str] = set()
         names: set[str] = set()
-        for row in rows_of(case, device):
+        for row in rows_of([case], device):
             for goal in (*goals, *bases):
                 if concerns(goal, row):
                     modes.add(row.mode)
@@ -78,10 +78,11 @@ def judged(cases: Iterable[Case], device: str, goals: Sequence[Goal]) -> Iterato
         yield from narrowed(case, modes, names)
 
 
-def rows_of(case: Case, device: str) -> list[Row]:
-    """Its rows, with nothing measured."""
-    about = (case.op, case.group, case.variant, case.shape, dtype_name(case.dtype))
-    return [Row(*about, mode, device, provider.name) for mode in case.costs for provider in case.providers]
+def rows_of(cases: Iterable[Case], device: str) -> Iterator[Row]:
+    """Their rows, with nothing measured."""
+    for case in cases:
+        about = (case.op, case.group, case.variant, case.shape, dtype_name(case.dtype))
+        yield from (Row(*about, mode, device, provider.name) for mode in case.costs for provider in case.providers)
 
 
 def whole(goals: Iterable[Goal], every: Iterable[Row], chosen: Iterable[Row]) -> list[Goal]:

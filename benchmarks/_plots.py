@@ -84,7 +84,7 @@ def _figure(plt: Any, figure: Any, caption: str) -> str:
 
 
 def _bars(plt: Any, results: Results, op: str) -> Any | None:
-    """A panel per mode; in it a cluster per group and dtype, a bar per provider that is not eager."""
+    """A panel per mode; in it a cluster per group and dtype, a bar per provider that is not the rival."""
     rows = [row for row in results.rows if row.op == op]
     factor = speedups(rows)
     rows = [row for row in rows if id(row) in factor and row.provider in COLORS and factor[id(row)] != 1.0]
@@ -121,7 +121,7 @@ def _bars(plt: Any, results: Results, op: str) -> Any | None:
                 )
             row = next(r for r in rows if (r.group, r.dtype, r.mode) == (group, dtype, mode))
             for goal in results.goals:
-                if goal.figure == "speedup" and goal.per == 1 and goal.rival in RIVALS[op][:1] and concerns(goal, row):
+                if goal.figure == "speedup" and goal.per == 1 and goal.rival == RIVALS[op][0] and concerns(goal, row):
                     panel.plot([goal.at_least] * 2, [at - 0.45, at + 0.45], color=GOAL, linewidth=1.6, zorder=4)
         panel.axvline(1, color=INK, linewidth=0.8, alpha=0.6)
         panel.set_yticks(range(len(clusters[mode])), [f"{group}, {dtype}" for group, dtype in clusters[mode]])

@@ -37,8 +37,8 @@ DESCRIPTION = f"""\
 Measure whole models and ops against what people use today, each proven right before it is timed.
 
   bench           whole models, and two or three rows of each family: {BUDGET / 60:g} minutes
-  bench --goals   every row that a goal is about, with the rivals it names: a quarter of an hour on two cores
-  bench --full    every row, shape, model and rival, torch.compile too, and more rounds: an hour and more
+  bench --goals   every row that a goal is about, with the rivals it names: about a quarter of an hour
+  bench --full    every row, shape, model and rival, torch.compile among them, in more rounds: an hour
 
 All three leave a table here and, in a folder, results.json, results.csv, speed.svg and index.html."""
 
@@ -130,6 +130,8 @@ def folder(device: str) -> Path:
 
 @dataclass(frozen=True)
 class Job:
+    """A case, a model or the digits: what is run or left out as a whole."""
+
     label: str
     family: str
     rank: int  # in the short run those of rank 0 come first, of all families
@@ -215,8 +217,7 @@ class Suite:
         chosen = list(self._chosen(every))
         for rank, case in chosen:
             out.append(Job(f"{case.op} {case.label}", FAMILY[case.op], rank, partial(self._case, case)))
-        rows = [[row for case in cases for row in _choice.rows_of(case, options.device)] for cases in (
-            every, [case for _, case in chosen])]  # fmt: skip
+        rows = (_choice.rows_of(cases, options.device) for cases in (every, [case for _, case in chosen]))
         self.results.goals = _choice.whole(GOALS, *rows)
         return sorted(out, key=lambda job: job.rank) if options.level == "short" else out
 

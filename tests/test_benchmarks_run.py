@@ -150,6 +150,11 @@ def test_the_short_run_leaves_room_for_more_families() -> None:
     assert sum(family.seconds for family in _choice.FAMILIES) <= _choice.BUDGET - 60
 
 
+def test_families_are_the_shelves_of_the_ops() -> None:
+    for name, module in _choice.OPS.items():
+        assert (module.OP.name, module.OP.function.__module__) == (name, f"accel.ops.{_choice.FAMILY[name]}.{name}")
+
+
 def test_the_short_run_takes_picks_with_their_rivals_what_matters_most_first() -> None:
     every = list(window_attention.cases("cpu", [torch.float32]))
     chosen = list(_choice.short(every, "cpu"))
@@ -166,7 +171,7 @@ def test_the_run_for_goals_has_all_rows_of_all_goals(module: Any) -> None:
     every = list(module.cases("cpu", [torch.float32, torch.bfloat16]))
     goals = [goal for goal in module.GOALS if goal.device == "cpu"]
     found = list(_choice.judged(every, "cpu", goals))
-    rows = [[row for case in cases for row in _choice.rows_of(case, "cpu")] for cases in (every, found)]
+    rows = [list(_choice.rows_of(cases, "cpu")) for cases in (every, found)]
     assert _choice.whole(goals, *rows) == goals
     assert bool(found) == bool(goals)
     assert len(rows[1]) < len(rows[0])
@@ -174,9 +179,9 @@ def test_the_run_for_goals_has_all_rows_of_all_goals(module: Any) -> None:
 
 def test_a_goal_of_which_a_row_is_missing_is_not_judged() -> None:
     case = make_case(provider_of("accel", torch.mul), provider_of("eager", torch.mul), modes=["forward"])
-    rows = _choice.rows_of(case, "cpu")
-    another = _choice.rows_of(dataclasses.replace(case, variant="shift 3"), "cpu")
-    compiled = _choice.rows_of(make_case(provider_of("compile", torch.mul), modes=["forward"]), "cpu")
+    rows = list(_choice.rows_of([case], "cpu"))
+    another = _choice.rows_of([dataclasses.replace(case, variant="shift 3")], "cpu")
+    compiled = _choice.rows_of([make_case(provider_of("compile", torch.mul), modes=["forward"])], "cpu")
     assert _choice.whole([FASTER], [*rows, *compiled], rows) == [FASTER]
     assert _choice.whole([FASTER], [*rows, *another], rows) == []
 
