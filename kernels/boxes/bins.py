@@ -22,7 +22,6 @@ from torch import Tensor
 from accel.backends import KERNEL_DTYPES, why_not_gpu
 from accel.kernels import _launch
 from accel.kernels._launch import Launch
-from accel.kernels.deformable import sampling
 from accel.ops.boxes.bins import LIMIT, SLACK
 
 POOL = -1
