@@ -59,6 +59,50 @@ def test_all_cases_compile_for_the_newest_generation(tmp_path: Path) -> None:
     assert counts[80] == counts[90] == counts[100]
 
 
+ANEW = """
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from accel.kernels._launch import launch
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+@triton.jit(do_not_specialize=["n"])
+def kernel(grouped, n, m):
+    pass
+
+
+x = torch.empty(4, device="meta")
+for grouped, m in (((x, 1.0), 0.5), ((x, 16), 0.5), ((x, 1.0), 16)):
+    try:
+        case = launch(kernel, 1, 4, grouped=Pair(*grouped), n=16, m=m).case("")
+        print(case.signature, case.constexprs, case.attributes)
+    except TypeError as error:
+        print(error)
+"""
+
+
+def test_integers_that_would_be_specialised_are_refused(tmp_path: Path) -> None:
+    """Triton specialises integers inside tuples, and those that a kernel does not list, on their values."""
+    pytest.importorskip("triton")
+    script = tmp_path / "anew.py"
+    script.write_text(ANEW)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=300)
+    taken, in_tuple, flat = done.stdout.splitlines()
+    assert taken == (
+        "{'grouped': Pair(x='*fp32', y='fp32'), 'n': 'i32', 'm': 'fp32'} {} {(0, 0): [['tt.divisibility', 16]]}"
+    )
+    assert in_tuple == "kernel would be compiled anew for each value of grouped"
+    assert flat == "kernel would be compiled anew for each value of m"
+
+
 def test_there_is_something_to_compile() -> None:
     assert "window_attention" in compile_gate.leaves()
 

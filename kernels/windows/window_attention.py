@@ -76,9 +76,8 @@ def why_not(args: Any) -> str | None:
     return None
 
 
-def _shared(args: Args) -> dict[str, Any]:
+def _shared(args: Args, shape: _Shape) -> dict[str, Any]:
     """The arguments that all kernels of a call have in common, but for what is compiled in."""
-    shape = _shape(args)
     return {
         "inputs": Inputs(
             qkv=args.qkv,
@@ -97,8 +96,7 @@ def _shared(args: Args) -> dict[str, Any]:
     }
 
 
-def _config(args: Args, block: int) -> Config:
-    head_dim = _shape(args).head_dim
+def _config(args: Args, head_dim: int, block: int) -> Config:
     return Config(
         window=Window(*args.window),
         shift_z=args.shift[0],
@@ -122,7 +120,12 @@ def _forward_launch(out: Tensor, lse: Tensor, args: Args) -> Launch:
         dropout=args.dropout_p > 0.0,
         deep=args.window[0] > 1,
     )
-    given = {**_shared(args), "out_ptr": out, "lse_ptr": lse, "CONFIG": _config(args, tile.block)}
+    given = {
+        **_shared(args, shape),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "CONFIG": _config(args, shape.head_dim, tile.block),
+    }
     if not tile.whole:
         programs = shape.windows * args.num_heads * triton.cdiv(shape.tokens, tile.block)
         return launch(blocks.forward_blocks_kernel, programs, tile.warps, **given)
@@ -191,7 +194,7 @@ def _backward_plan(grad_out: Tensor, lse: Tensor, args: Args, needs: list[bool])
     fill_parts = part(args.qkv_bias is not None and needs[3] and shape.padded, owners, 2, qkv.shape[-1] // 3)
     tile_bias = part(tile.whole and has_bias, num_heads, tile.block, tile.block)
     arguments = {
-        **_shared(args),
+        **_shared(args, shape),
         "upstream": Upstream(
             grad_out=grad_out,
             lse=lse,
@@ -204,7 +207,7 @@ def _backward_plan(grad_out: Tensor, lse: Tensor, args: Args, needs: list[bool])
         "head_part_ptr": head_parts,
         "fill_part_ptr": fill_parts,
         "per_program": per_program,
-        "CONFIG": _config(args, tile.block),
+        "CONFIG": _config(args, shape.head_dim, tile.block),
     }
     launches = []
     if tile_bias is not None:
@@ -216,7 +219,7 @@ def _backward_plan(grad_out: Tensor, lse: Tensor, args: Args, needs: list[bool])
     launches.append(launch(blocks.queries_kernel, owners * num_heads, tile.warps, **arguments))
     launches.append(launch(blocks.keys_kernel, owners * num_heads, tile.warps, **arguments))
     if need_bias:
-        arguments["CONFIG"] = _config(args, tile_of_bias.block)
+        arguments["CONFIG"] = _config(args, shape.head_dim, tile_of_bias.block)
         programs = parts * tiles_of_bias * num_heads
         launches.append(launch(blocks.bias_kernel, programs, tile_of_bias.warps, **arguments))
     return _Backward(launches, grad_qkv, bias_parts, head_parts, fill_parts)
