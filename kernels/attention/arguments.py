@@ -37,8 +37,8 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     line: Tensor | None
     table: Tensor | None
-    bias_index: Tensor | None
     mask: Tensor | None
+    bias_index: Tensor | None
     rows: Tensor | None
     seed: Tensor | None
 
@@ -54,9 +54,9 @@ class Upstream(NamedTuple):
 class Factors(NamedTuple):
     """The numbers of a call."""
 
+    keep_scale: float
     scale: float
     softcap: float
-    keep_scale: float
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,12 @@ def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
             bias=args.bias,
             line=None if args.line is None else args.line.contiguous(),
             table=args.table,
-            bias_index=args.bias_index,
             mask=None if args.mask is None else args.mask.view(torch.uint8),
+            bias_index=args.bias_index,
             rows=rows,
             seed=args.seed if args.dropout_p > 0.0 else None,
         ),
-        "factors": Factors(args.scale, args.softcap, keep_scale=1.0 / (1.0 - args.dropout_p)),
+        "factors": Factors(1.0 / (1.0 - args.dropout_p), args.scale, args.softcap),
         "rows_b": 0 if rows is None or rows.shape[0] == 1 else rows.stride(0),
         "batches": batches,
         "heads": heads,

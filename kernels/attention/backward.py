@@ -81,12 +81,12 @@ def _pull_keys(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def keys_kernel(
-    grad_k_ptr, grad_v_ptr, spans_ptr, upstream, inputs, factors,
+    grad_k_ptr, grad_v_ptr, spans_ptr, upstream, inputs,
     grad_k_b, grad_k_h, grad_k_s, grad_v_b, grad_v_h, grad_v_s, grad_b, grad_h, grad_t,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b, spans_b,
     batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys of a key head: over the group's heads and the queries that see the tile."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
@@ -166,11 +166,11 @@ def _pull_queries(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def queries_kernel(
-    grad_q_ptr, upstream, inputs, factors,
+    grad_q_ptr, upstream, inputs,
     grad_q_b, grad_q_h, grad_q_t, grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries of a head."""
     BLOCK_M: tl.constexpr = CONFIG.block_m

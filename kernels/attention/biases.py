@@ -94,12 +94,12 @@ def _meets(spans, j0):
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def bias_kernel(
-    part_ptr, upstream, inputs, factors,
+    part_ptr, upstream, inputs,
     grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     heads, group, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
-    per_part, total, owners_b, owners_h, owners_t, owners_s,
-    CONFIG: tl.constexpr, ALONG_T: tl.constexpr, ALONG_S: tl.constexpr,
+    per_part, owners_b, owners_h, owners_t, owners_s, total,
+    factors, CONFIG: tl.constexpr, ALONG_T: tl.constexpr, ALONG_S: tl.constexpr,
 ):  # fmt: skip
     """A part of a tile of the bias' gradient: over ``per_part`` of the tiles of logits that take the same bias.
 
@@ -199,12 +199,12 @@ def _add_diagonals(bins_ptr, grad_s, i, j0, call, rows, bins, CONFIG: tl.constex
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def diagonals_kernel(
-    part_ptr, upstream, inputs, factors,
+    part_ptr, upstream, inputs,
     grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     heads, group, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
-    per_part, total, bins,
-    CONFIG: tl.constexpr, ON_GRID: tl.constexpr,
+    per_part, bins, total,
+    factors, CONFIG: tl.constexpr, ON_GRID: tl.constexpr,
 ):  # fmt: skip
     """A part of the gradient of a head's line or grid table: over ``per_part`` tiles of queries of the batch.
 
@@ -259,12 +259,12 @@ def diagonals_kernel(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def index_kernel(
-    part_ptr, upstream, inputs, factors,
+    part_ptr, upstream, inputs,
     grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     batches, heads, group, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     per_part, total,
-    CONFIG: tl.constexpr, CODES: tl.constexpr,
+    factors, CONFIG: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """A part of CODE² rows of a head's table gradient: over ``per_part`` tiles of queries.
 

@@ -83,11 +83,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def forward_kernel(
-    out_ptr, lse_ptr, sinks_ptr, inputs, factors,
+    out_ptr, lse_ptr, sinks_ptr, inputs,
     out_b, out_h, out_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
-    CONFIG: tl.constexpr, PLAIN: tl.constexpr,
+    factors, CONFIG: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a tile of queries of a head."""
     BLOCK_M: tl.constexpr = CONFIG.block_m
