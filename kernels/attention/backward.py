@@ -13,6 +13,7 @@ from accel.kernels.attention.arguments import LAUNCH_INTS
 from accel.kernels.attention.logits import (
     Call,
     Grid,
+    Head,
     KeySide,
     Plane,
     QuerySide,
@@ -20,7 +21,6 @@ from accel.kernels.attention.logits import (
     full_at,
     full_length,
     half,
-    head_of,
     key_spans,
     load_rows,
     load_sums,
@@ -117,7 +117,14 @@ def keys_kernel(
     grad_v = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for member in tl.range(0, group):
         index = key_head * group + member
-        head = head_of(call, rows, batch, index)
+        head = Head(
+            call=call,
+            index=index,
+            rows=rows,
+            bias_at=batch * bias_b + index * bias_h,
+            mask_at=batch * mask_b + index * mask_h,
+            first=(batch * heads + index) * queries,
+        )
         query_side = QuerySide(
             q=inputs.q + (batch * q_b + index * q_h) * UNIT,
             grad=upstream.grad + (batch * grad_b + index * grad_h) * UNIT,
@@ -188,7 +195,14 @@ def queries_kernel(
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
     call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
-    head = head_of(call, rows_of(call, batch, rows_b), batch, index)
+    head = Head(
+        call=call,
+        index=index,
+        rows=rows_of(call, batch, rows_b),
+        bias_at=batch * bias_b + index * bias_h,
+        mask_at=batch * mask_b + index * mask_h,
+        first=(batch * heads + index) * queries,
+    )
     key_side = KeySide(
         k=inputs.k + (batch * k_b + index // group * k_h) * UNIT,
         v=inputs.v + (batch * v_b + index // group * v_h) * UNIT,

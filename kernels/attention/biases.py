@@ -74,7 +74,7 @@ def _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, C
     grad_o = load_rows(grad_at, i, queries, grad.t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
     v = load_rows(v_at, j, keys, v.t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
     grad_p = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-    # not head_of: it would keep these numbers in registers over the products
+    # only now: registers would hold these numbers over the products
     first = (batch * call.heads + index) * queries
     lse, delta = load_sums(upstream.lse + first, upstream.delta + first, i, queries, CONFIG.binary)
     bias_at = batch * call.bias.b + index * call.bias.h

@@ -15,13 +15,13 @@ from accel.kernels.attention.logits import (
     LOG2_E,
     Call,
     Grid,
+    Head,
     KeySide,
     Plane,
     clean,
     full_at,
     full_length,
     half,
-    head_of,
     keep,
     key_spans,
     load_rows,
@@ -105,7 +105,14 @@ def forward_kernel(
     bias, mask = Plane(bias_b, bias_h, bias_t, bias_s), Plane(mask_b, mask_h, mask_t, mask_s)
     grid = Grid(grid_h, grid_w, extra)
     call = Call(inputs, factors, bias, mask, heads, queries, keys, line_length, table_rows, grid, threshold)
-    head = head_of(call, rows_of(call, batch, rows_b), batch, index)
+    head = Head(
+        call=call,
+        index=index,
+        rows=rows_of(call, batch, rows_b),
+        bias_at=batch * bias_b + index * bias_h,
+        mask_at=batch * mask_b + index * mask_h,
+        first=(batch * heads + index) * queries,
+    )
     key_side = KeySide(
         k=inputs.k + (batch * k_b + index // group * k_h) * UNIT,
         v=inputs.v + (batch * v_b + index // group * v_h) * UNIT,

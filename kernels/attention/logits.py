@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
 class Head(NamedTuple):
     """The same for one head of a batch entry: where its rows, bias and mask begin, and the queries of all heads before
-    it."""
+    it. Kernels build it themselves: Triton 3.6 cannot return tuples of tuples from a function."""
 
     call: Any
     index: Any
@@ -72,19 +72,6 @@ def rows_of(call, batch, rows_b):
     if rows is not None:
         rows += batch * rows_b
     return rows
-
-
-@triton.jit
-def head_of(call, rows, batch, index):
-    """Head ``index`` of a batch entry, both 64-bit."""
-    return Head(
-        call=call,
-        index=index,
-        rows=rows,
-        bias_at=batch * call.bias.b + index * call.bias.h,
-        mask_at=batch * call.mask.b + index * call.mask.h,
-        first=(batch * call.heads + index) * call.queries,
-    )
 
 
 # --- memory ---

@@ -103,7 +103,7 @@ def shifts_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def weight_kernel(
-    parts_ptr, grad_out_ptr, inputs,
+    parts_ptr, grad_out_ptr, input_ptr, offset_ptr, mask_ptr,
     height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
     tiles, tiles_per_part,
     CONFIG: tl.constexpr,
@@ -153,11 +153,11 @@ def weight_kernel(
         n, i, j, real = output_tile(tile, out_height, out_width, TILE_H, TILE_W)
         p = i.to(tl.int64) * out_width + j
         index = (n * OFFSET_GROUPS + offset_group) * TAPS + tap
-        shift_y, shift_x, factor = load_shift(inputs.offset, inputs.mask, index, outputs, p, real)
+        shift_y, shift_x, factor = load_shift(offset_ptr, mask_ptr, index, outputs, p, real)
         y, x = tap_at(tap, i, j, step, KW)
         at, inside, dy, dx, _ = corners(y + shift_y, x + shift_x, real, height, width)
         at *= C
-        image_ptr = inputs.input + n * height * width * C
+        image_ptr = input_ptr + n * height * width * C
         sample = mean(load_corners(image_ptr, at, inside, C, down, first + within, in_range), dy, dx, factor)
         upstream_at = ((i * out_width + j) * OUT)[:, None] + o[None, :]
         upstream_real = real[:, None]

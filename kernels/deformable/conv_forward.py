@@ -16,7 +16,7 @@ from accel.kernels.deformable.sampling import corners, load_corners, mean, outpu
 
 @triton.jit(do_not_specialize=INTS)
 def forward_kernel(
-    out_ptr, bias_ptr, inputs,
+    out_ptr, inputs, bias_ptr,
     height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
     CONFIG: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip

@@ -90,6 +90,7 @@ def _shared(args: Args, input: Tensor, weight: Tensor, capability: tuple[int, in
     return {
         "shape": _shape(args, capability),
         "inputs": Inputs(input, args.offset, args.mask, weight),
+        "input_ptr": input,
         "offset_ptr": args.offset,
         "mask_ptr": args.mask,
         "weight_ptr": weight,

@@ -32,9 +32,9 @@ from accel.kernels.windows.logits import (
 
 @triton.jit(do_not_specialize=INTS)
 def forward_blocks_kernel(
-    out_ptr, lse_ptr, inputs, bias, factors,
+    out_ptr, lse_ptr, qkv_ptr, bias, inputs,
     size_z, size_y, size_x, num_heads, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of a block of queries."""
     N: tl.constexpr = CONFIG.tokens
@@ -56,7 +56,7 @@ def forward_blocks_kernel(
     if inputs.head_scale is not None:
         factor = tl.load(inputs.head_scale + head).to(tl.float32)
     row_i, real_i = locate(window, i, sizes, CONFIG)
-    q = load_rows(inputs.qkv, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
+    q = load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
     inverse_q = None
     if inputs.head_scale is not None:
         inverse_q, _ = inverse_norm(q)
@@ -67,8 +67,8 @@ def forward_blocks_kernel(
         j = start + tl.arange(0, BLOCK)
         tile = load_bias(bias, head, num_heads, i, j, WINDOW)
         row_j, real_j = locate(window, j, sizes, CONFIG)
-        k = load_rows(inputs.qkv, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
-        v = load_rows(inputs.qkv, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        k = load_rows(qkv_ptr, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(qkv_ptr, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         inverse_k = None
         if inputs.head_scale is not None:
             inverse_k, _ = inverse_norm(k)
@@ -91,9 +91,9 @@ def forward_blocks_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def queries_kernel(
-    grad_qkv_ptr, head_part_ptr, upstream, inputs, bias, factors,
+    grad_qkv_ptr, head_part_ptr, upstream, qkv_ptr, bias, inputs,
     size_z, size_y, size_x, num_heads, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradient of q, 1 / total and delta (the sum of p · its gradient) of each query, and head_scale's part."""
     N: tl.constexpr = CONFIG.tokens
@@ -115,7 +115,7 @@ def queries_kernel(
     if inputs.head_scale is not None:
         factor = tl.load(inputs.head_scale + head).to(tl.float32)
     row_i, real_i = locate(window, i, sizes, CONFIG)
-    q = load_rows(inputs.qkv, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
+    q = load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
     grad_o = load_rows(upstream.grad_out, row_i, real_i, C, head * D, None, CONFIG)
     at_i = (window.to(tl.int64) * num_heads + head) * N + i
     lse = tl.load(upstream.lse + at_i, mask=i < N, other=float("inf"))
@@ -129,8 +129,8 @@ def queries_kernel(
         j = start + tl.arange(0, BLOCK)
         tile = load_bias(bias, head, num_heads, i, j, WINDOW)
         row_j, real_j = locate(window, j, sizes, CONFIG)
-        k = load_rows(inputs.qkv, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
-        v = load_rows(inputs.qkv, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        k = load_rows(qkv_ptr, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(qkv_ptr, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         inverse_k = None
         if inputs.head_scale is not None:
             inverse_k, _ = inverse_norm(k)
@@ -150,8 +150,8 @@ def queries_kernel(
         j = start + tl.arange(0, BLOCK)
         tile = load_bias(bias, head, num_heads, i, j, WINDOW)
         row_j, real_j = locate(window, j, sizes, CONFIG)
-        k = load_rows(inputs.qkv, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
-        v = load_rows(inputs.qkv, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        k = load_rows(qkv_ptr, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(qkv_ptr, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         inverse_k = None
         if inputs.head_scale is not None:
             inverse_k, _ = inverse_norm(k)
@@ -168,7 +168,7 @@ def queries_kernel(
         grad_q += tl.dot(grad_s.to(DOT), k, input_precision="ieee")
     if inputs.head_scale is not None:
         # read again: kept over both loops it would make fp32 heads of 128 spill
-        q = load_rows(inputs.qkv, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
+        q = load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
         inverse_q, above_q = inverse_norm(q)
         if head_part_ptr is not None:
             along += tl.sum(q.to(tl.float32) * inverse_q[:, None] * grad_q, 1)
@@ -179,9 +179,9 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def keys_kernel(
-    grad_qkv_ptr, fill_part_ptr, upstream, inputs, bias, factors,
+    grad_qkv_ptr, fill_part_ptr, upstream, qkv_ptr, bias, inputs,
     size_z, size_y, size_x, num_heads, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of k and v, and what padded tokens of the block receive."""
     N: tl.constexpr = CONFIG.tokens
@@ -203,8 +203,8 @@ def keys_kernel(
     if inputs.head_scale is not None:
         factor = tl.load(inputs.head_scale + head).to(tl.float32)
     row_j, real_j = locate(window, j, sizes, CONFIG)
-    k = load_rows(inputs.qkv, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
-    v = load_rows(inputs.qkv, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+    k = load_rows(qkv_ptr, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
+    v = load_rows(qkv_ptr, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
     inverse_k = None
     if inputs.head_scale is not None:
         inverse_k, above_k = inverse_norm(k)
@@ -214,7 +214,7 @@ def keys_kernel(
         i = start + tl.arange(0, BLOCK)
         tile = load_bias(bias, head, num_heads, i, j, WINDOW)
         row_i, real_i = locate(window, i, sizes, CONFIG)
-        q = load_rows(inputs.qkv, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
+        q = load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
         grad_o = load_rows(upstream.grad_out, row_i, real_i, C, head * D, None, CONFIG)
         at_i = (window.to(tl.int64) * num_heads + head) * N + i
         lse = tl.load(upstream.lse + at_i, mask=i < N, other=float("inf"))
@@ -247,9 +247,9 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=INTS)
 def bias_kernel(
-    bias_part_ptr, upstream, inputs, bias, factors,
+    bias_part_ptr, upstream, qkv_ptr, bias, inputs,
     size_z, size_y, size_x, num_heads, windows, per_program, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """One tile of the dense bias gradient, summed over `per_program` consecutive windows."""
     N: tl.constexpr = CONFIG.tokens
@@ -278,8 +278,8 @@ def bias_kernel(
         window = first + step
         row_i, real_i = locate(window, i, sizes, CONFIG)
         row_j, real_j = locate(window, j, sizes, CONFIG)
-        q = load_rows(inputs.qkv, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
-        k = load_rows(inputs.qkv, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
+        q = load_rows(qkv_ptr, row_i, real_i, 3 * C, head * D, inputs.fill, CONFIG)
+        k = load_rows(qkv_ptr, row_j, real_j, 3 * C, C + head * D, inputs.fill, CONFIG)
         inverse_q = None
         inverse_k = None
         if inputs.head_scale is not None:
@@ -291,7 +291,7 @@ def bias_kernel(
         inverse_total = tl.load(upstream.inverse_total + at_i, mask=i < N, other=0.0)
         last = last_windows(window, sizes, CONFIG)
         s = logits(q, k, inverse_q, inverse_k, tile, factor, round_i, round_j, last, factors, CONFIG)
-        v = load_rows(inputs.qkv, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        v = load_rows(qkv_ptr, row_j, real_j, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         grad_o = load_rows(upstream.grad_out, row_i, real_i, C, head * D, None, CONFIG)
         p = tl.exp(s - lse[:, None]) * inverse_total[:, None]
         _used, grad_p = drop(p, v, grad_o, dropout, window, head, num_heads, i, j, N)

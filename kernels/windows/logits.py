@@ -24,9 +24,8 @@ INTS = ["size_z", "size_y", "size_x", "num_heads", "windows", "per_program", "th
 
 
 class Inputs(NamedTuple):
-    """The tensors of a call but for its bias, None for what it lacks. ``fill`` is what padded tokens hold."""
+    """The small tensors of a call but for its bias, None for what it lacks. ``fill`` is what padded tokens hold."""
 
-    qkv: Tensor
     head_scale: Tensor | None
     fill: Tensor | None
     seed: Tensor | None
@@ -40,20 +39,20 @@ class Bias(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The tensors that a backward pass starts from, and two that its first kernel writes where windows go in blocks."""
+    """What a backward pass starts from; delta and inverse_total are written by its first kernel, in blocks only."""
 
     grad_out: Tensor
-    lse: Tensor
     delta: Tensor | None
     inverse_total: Tensor | None
+    lse: Tensor
 
 
 class Factors(NamedTuple):
     """The numbers of a call."""
 
+    keep_scale: float
     scale: float
     mask_value: float
-    keep_scale: float
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from accel.kernels.windows.logits import (
 
 @triton.jit(do_not_specialize=INTS)
 def forward_tile_kernel(
-    out_ptr, lse_ptr, inputs, bias, factors,
+    out_ptr, lse_ptr, qkv_ptr, bias, inputs,
     size_z, size_y, size_x, num_heads, windows, per_program, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of ``per_program`` windows of a head."""
     N: tl.constexpr = CONFIG.tokens
@@ -57,9 +57,9 @@ def forward_tile_kernel(
     for step in tl.range(0, count, disable_licm=True):  # hoisted shared-memory addresses would crowd the registers
         window = first + step
         row, real = locate(window, i, sizes, CONFIG)
-        q = load_rows(inputs.qkv, row, real, 3 * C, head * D, inputs.fill, CONFIG)
-        k = load_rows(inputs.qkv, row, real, 3 * C, C + head * D, inputs.fill, CONFIG)
-        v = load_rows(inputs.qkv, row, real, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        q = load_rows(qkv_ptr, row, real, 3 * C, head * D, inputs.fill, CONFIG)
+        k = load_rows(qkv_ptr, row, real, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(qkv_ptr, row, real, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         inverse_q = None
         inverse_k = None
         if inputs.head_scale is not None:
@@ -91,9 +91,9 @@ def expand_bias_kernel(tile_ptr, bias, num_heads, WINDOW: tl.constexpr, BLOCK: t
 
 @triton.jit(do_not_specialize=INTS)
 def backward_tile_kernel(
-    grad_qkv_ptr, bias_part_ptr, head_part_ptr, fill_part_ptr, tile_ptr, upstream, inputs, factors,
+    grad_qkv_ptr, bias_part_ptr, head_part_ptr, fill_part_ptr, upstream, qkv_ptr, tile_ptr, inputs,
     size_z, size_y, size_x, num_heads, windows, per_program, threshold,
-    CONFIG: tl.constexpr,
+    factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Gradients of qkv of as many windows, and their sum of the small gradients."""
     N: tl.constexpr = CONFIG.tokens
@@ -121,9 +121,9 @@ def backward_tile_kernel(
     for step in tl.range(0, count, disable_licm=True):  # hoisted shared-memory addresses would crowd the registers
         window = first + step
         row, real = locate(window, i, sizes, CONFIG)
-        q = load_rows(inputs.qkv, row, real, 3 * C, head * D, inputs.fill, CONFIG)
-        k = load_rows(inputs.qkv, row, real, 3 * C, C + head * D, inputs.fill, CONFIG)
-        v = load_rows(inputs.qkv, row, real, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
+        q = load_rows(qkv_ptr, row, real, 3 * C, head * D, inputs.fill, CONFIG)
+        k = load_rows(qkv_ptr, row, real, 3 * C, C + head * D, inputs.fill, CONFIG)
+        v = load_rows(qkv_ptr, row, real, 3 * C, 2 * C + head * D, inputs.fill, CONFIG)
         grad_o = load_rows(upstream.grad_out, row, real, C, head * D, None, CONFIG)
         # +inf gives rows past the window weight 0, where 0 could give inf · 0
         lse = tl.load(upstream.lse + (window.to(tl.int64) * num_heads + head) * N + i, mask=i < N, other=float("inf"))

@@ -79,14 +79,14 @@ def why_not(args: Any) -> str | None:
 def _shared(args: Args, shape: _Shape) -> dict[str, Any]:
     """The arguments that all kernels of a call have in common, but for what is compiled in."""
     return {
+        "qkv_ptr": args.qkv,
         "inputs": Inputs(
-            qkv=args.qkv,
             head_scale=args.head_scale,
             fill=args.qkv_bias if shape.padded else None,
             seed=args.seed if args.dropout_p > 0.0 else None,
         ),
         "bias": Bias(args.bias_table, args.bias),
-        "factors": Factors(args.scale, args.mask_value, keep_scale=1.0 / (1.0 - args.dropout_p)),
+        "factors": Factors(1.0 / (1.0 - args.dropout_p), args.scale, args.mask_value),
         "size_z": args.qkv.shape[1],
         "size_y": args.qkv.shape[2],
         "size_x": args.qkv.shape[3],
@@ -197,9 +197,9 @@ def _backward_plan(grad_out: Tensor, lse: Tensor, args: Args, needs: list[bool])
         **_shared(args, shape),
         "upstream": Upstream(
             grad_out=grad_out,
-            lse=lse,
             delta=None if tile.whole else torch.empty_like(lse),
             inverse_total=None if tile.whole else torch.empty_like(lse),
+            lse=lse,
         ),
         "tile_ptr": tile_bias,
         "grad_qkv_ptr": grad_qkv,
