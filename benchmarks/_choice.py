@@ -32,9 +32,9 @@ class Family:
 
 FAMILIES = (
     Family(models.NAME, 90, (models,)),
-    Family("attention", 30, (softmax_attention,)),
-    Family("windows", 20, (window_attention,)),
-    Family("deformable", 45, (ms_deform_attn, deform_conv2d, deform_attention2d)),
+    Family("attention", 20, (softmax_attention,)),
+    Family("windows", 15, (window_attention,)),
+    Family("deformable", 60, (ms_deform_attn, deform_conv2d, deform_attention2d)),
     Family("boxes", 15, (ps_roi_align, ps_roi_pool)),
 )
 BUDGET = 270.0
@@ -56,11 +56,14 @@ def narrowed(case: Case, modes: Collection[str], names: Collection[str]) -> Iter
 
 
 def short(cases: Sequence[Case], device: str) -> Iterator[tuple[int, Case]]:
-    """The cases that their op picks for the short run, with their rank: those of rank 0 matter most."""
+    """The cases that their op picks for the short run, with their rank: an op's first pick in the first dtype matters
+    most, then the same in the next dtype."""
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
     for case in cases:
         what = OPS[case.op].SHORT
-        for rank, pick in enumerate(what.picks(device)):
+        for i, pick in enumerate(what.picks(device)):
             if (case.group, case.variant) == (pick.group, pick.variant):
+                rank = i * len(dtypes) + dtypes.index(case.dtype)
                 yield from ((rank, part) for part in narrowed(case, pick.modes, (OURS, *what.rivals)))
 
 

@@ -156,10 +156,11 @@ def test_families_are_the_shelves_of_the_ops() -> None:
 
 
 def test_the_short_run_takes_picks_with_their_rivals_what_matters_most_first() -> None:
-    every = list(window_attention.cases("cpu", [torch.float32]))
+    every = list(window_attention.cases("cpu", [torch.float32, torch.bfloat16]))
     chosen = list(_choice.short(every, "cpu"))
     assert sorted((rank, case.label) for rank, case in chosen) == [
-        (0, "stage 1 shift 3 fp32"), (1, "stage 1 shift 0 fp32")
+        (0, "stage 1 shift 3 fp32"), (1, "stage 1 shift 3 bf16"),
+        (2, "stage 1 shift 0 fp32"), (3, "stage 1 shift 0 bf16"),
     ]  # fmt: skip
     for _, case in chosen:
         assert [p.name for p in case.providers] == ["accel", "eager"]
