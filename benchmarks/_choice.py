@@ -23,7 +23,8 @@ from accel.benchmarks.harness import OURS, Case, Row
 
 @dataclass(frozen=True)
 class Family:
-    """``seconds`` is what the short run spends on it on two cores: nothing new of it begins after that."""
+    """``seconds`` is what its rows of the short run take on two cores. A run's budget is shared out by them: nothing new
+    of a family begins when its share is spent."""
 
     name: str
     seconds: float
@@ -38,7 +39,7 @@ FAMILIES = (
     Family("boxes", 20, (ps_roi_align, ps_roi_pool)),
 )
 BUDGET = 270.0
-"""Seconds of the short run, all families and the page together; with the set-up (150 s) that is less than 8 minutes."""
+"""Seconds of the short run, after which nothing new begins; with the set-up (150 s) it ends within 8 minutes."""
 
 OPS: dict[str, Any] = {module.NAME: module for family in FAMILIES for module in family.ops if module is not models}
 FAMILY = {module.NAME: family.name for family in FAMILIES for module in family.ops}

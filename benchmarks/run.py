@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,10 +141,12 @@ class Job:
 class Purse:
     """The seconds of a run, and in the short one each family's: what would begin when they are spent is left out."""
 
-    def __init__(self, budget: float | None, by_family: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, budget: float | None, families: Collection[str] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._budget, self._clock, self._start = budget, clock, clock()
-        share = (budget or 0.0) / BUDGET
-        self._left = {f.name: f.seconds * share for f in FAMILIES} if by_family and budget else {}
+        parts = {family.name: family.seconds for family in FAMILIES if family.name in families}
+        self._left = {name: (budget or 0.0) * part / sum(parts.values()) for name, part in parts.items()}
 
     def spent(self) -> float:
         return self._clock() - self._start
@@ -163,7 +165,8 @@ class Suite:
     """One run: its jobs in order, the results so far, and where they are kept."""
 
     def __init__(self, options: argparse.Namespace, argv: Sequence[str], terminal: Terminal) -> None:
-        self.purse = Purse(options.budget, options.level == "short" and options.rows is None)
+        shared = options.level == "short" and options.budget is not None
+        self.purse = Purse(options.budget, {FAMILY[name] for name in options.op} if shared else ())
         allocator = pin_allocator()
         if options.threads:
             torch.set_num_threads(options.threads)

@@ -189,16 +189,16 @@ def test_a_goal_of_which_a_row_is_missing_is_not_judged() -> None:
 
 def test_what_begins_after_a_familys_time_is_left_out() -> None:
     now = [0.0]
-    purse = run.Purse(_choice.BUDGET / 2, True, lambda: now[0])
     first, second = _choice.FAMILIES[:2]
+    share = 100 * first.seconds / (first.seconds + second.seconds)
+    purse = run.Purse(100, {first.name, second.name}, lambda: now[0])
+    purse.pay(first.name, share - 1)
     assert purse.allows(first.name)
-    purse.pay(first.name, first.seconds / 2 - 1)
-    assert purse.allows(first.name), "half of the budget, half of its time"
     purse.pay(first.name, 1)
     assert (purse.allows(first.name), purse.allows(second.name)) == (False, True)
-    now[0] = _choice.BUDGET / 2
+    now[0] = 100
     assert not purse.allows(second.name)
-    whole = run.Purse(None, False, lambda: now[0])
+    whole = run.Purse(None, clock=lambda: now[0])
     whole.pay(first.name, 1e9)
     assert whole.allows(first.name)
 
