@@ -23,8 +23,8 @@ from accel.benchmarks.harness import OURS, Case, Row
 
 @dataclass(frozen=True)
 class Family:
-    """``seconds`` is what its rows of the short run take on two cores. A run's budget is shared out by them, and nothing
-    new of a family begins when its share is spent."""
+    """``seconds`` is what its rows of the short run take on two cores. A run's budget is shared out by them, and
+    nothing new of a family begins when its share is spent."""
 
     name: str
     seconds: float
