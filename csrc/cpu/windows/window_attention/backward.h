@@ -75,6 +75,7 @@ class Backward {
       const int rows = std::min(block, N - first);
       const float* init_k = first ? grad_k.data() : nullptr;
       const float* init_v = first ? grad_v.data() : nullptr;
+      for (int i = 0; i < rows; ++i) fetch_row(h, first + i);
       core.weights(first, rows);
       load_grad_out(h, first, rows);
       gemm<PAIRS>({grad_o.at(0), grad_o.ld, 1, v_t, ld, grad_logits, ld, nullptr, 0, grad_o.words}, rows, ld / W);
@@ -82,7 +83,7 @@ class Backward {
       if (PAIRS && !p.dropout) {
         turned_weights.begin(rows, 0);
         turned_grads.begin(rows, 0);
-        for (int i = 0; i < rows; i += 2) two_through_softmax(h, first + i, i, i + 1 < rows, sum);
+        for (int i = 0; i < rows; i += 2) two_through_softmax(first + i, i, i + 1 < rows, sum);
       } else {
         for (int i = 0; i < rows; ++i) through_softmax(index, first + i, i);
         for (int64_t e = 0; sum && e < int64_t(rows) * ld; e += W) store(sum + e, load(sum + e) + load(grad_logits + e));
@@ -156,13 +157,11 @@ class Backward {
 
   // The same of row i and the next, for products in pairs: probabilities are rounded without being stored before, and
   // `sum`, if not null, takes the gradients of the logits.
-  void two_through_softmax(int h, int n, int i, bool two, float* sum) {
+  void two_through_softmax(int n, int i, bool two, float* sum) {
     const int64_t next = two ? ld : 0;  // of an odd last row, which is its own mate with weights of zero
     const float* weight = core.logits + int64_t(i) * ld;
     float* grad = grad_logits + int64_t(i) * ld;
     const vf inverse[2] = {splat(1.0f / core.row_sum[n]), two ? splat(1.0f / core.row_sum[n + 1]) : vf{}};
-    fetch_ahead(h, n);
-    if (two) fetch_ahead(h, n + 1);
     vf dot[2] = {};
     for (int j = 0; j < ld; j += W) {
       dot[0] += load(weight + j) * inverse[0] * load(grad + j);
@@ -183,13 +182,13 @@ class Backward {
     }
   }
 
-  // Row n of what is written soon and of the upstream gradient that is read next.
-  void fetch_ahead(int h, int n) const {
-    const int64_t token = core.window.row(n), next = core.ahead.row(n), C = core.channels;
-    if (token >= 0)
-      for (int which = 0; which < 3; ++which)
-        fetch<true>(static_cast<const T*>(b.grad_qkv) + (token * 3 + which) * C + int64_t(h) * D, D * sizeof(T));
-    if (next >= 0) fetch(static_cast<const T*>(b.grad_out) + next * C + int64_t(core.ahead_head) * D, D * sizeof(T));
+  // Starts to bring a token's upstream gradient, which is read next, and the places its gradients go to.
+  void fetch_row(int h, int n) const {
+    const int64_t token = core.window.row(n), C = core.channels;
+    if (token < 0) return;
+    fetch(static_cast<const T*>(b.grad_out) + token * C + int64_t(h) * D, D * sizeof(T));
+    for (int which = 0; which < 3; ++which)
+      fetch<true>(static_cast<const T*>(b.grad_qkv) + (token * 3 + which) * C + int64_t(h) * D, D * sizeof(T));
   }
 
   // Write a finished gradient row to its token, or add it to what padded tokens hold.

@@ -40,7 +40,6 @@ class Core {
         block(rows_at_once(p.tokens, ld)),
         channels(int64_t(p.heads) * p.head_dim),
         window(p),
-        ahead(p),
         q(ld, D, dense<PAIRS>(D)),
         k(ld, D, dense<PAIRS>(D)),
         v(ld, D, dense<PAIRS>(D)),
@@ -51,6 +50,7 @@ class Core {
         k_inverse(ld),
         row_max(ld + W),
         row_sum(ld + W),
+        ahead_(p),
         mask_(8 * int64_t(ld)),
         last_(padded_to(block, W)) {
     std::fill(last_.data(), last_.end(), -std::numeric_limits<float>::infinity());
@@ -99,8 +99,8 @@ class Core {
   // The tokens of the head that is gathered next: `weights` fetches a row of theirs beside each of its own, which comes
   // from far away and would else be waited for.
   void look_ahead(int64_t index, int h) {
-    ahead.move_to(index);
-    ahead_head = h;
+    ahead_.move_to(index);
+    ahead_head_ = h;
   }
 
   // logits[0..rows) = 2^(logit − max) for query rows from `first` on; row_max and row_sum are set, nothing is divided.
@@ -109,9 +109,9 @@ class Core {
     gemm<PAIRS>({q.at(first), q.ld, 1, k_t, ld, logits, ld, bias, ld, q.words, scale * LOG2_E}, rows, body / W);
     if (body < N) last_logits(first, rows, bias);
     for (int i = 0; i < rows; ++i) {
-      if (ahead.row(first + i) >= 0)
+      if (ahead_.row(first + i) >= 0)
         for (int which = 0; which < 3; ++which)
-          fetch(static_cast<const T*>(p.qkv) + (ahead.row(first + i) * 3 + which) * channels + int64_t(ahead_head) * D,
+          fetch(static_cast<const T*>(p.qkv) + (ahead_.row(first + i) * 3 + which) * channels + int64_t(ahead_head_) * D,
                 D * sizeof(T));
       float* row = logits + int64_t(i) * ld;
       const float* mask = window.masked() ? mask_ + int64_t(window.label(first + i)) * ld : nullptr;
@@ -137,13 +137,13 @@ class Core {
   const int body;  // columns of logits computed as whole vectors: not the last of 49, which would cost a vector a row
   const int block;
   const int64_t channels;
-  Window window, ahead;
+  Window window;
   Words<PAIRS> q, k, v;
   Summed<PAIRS> v_summed;
   Buffer k_t, logits;
   Buffer q_inverse, k_inverse;  // 1 / norm of cosine attention, 0 for a zero vector
   Buffer row_max, row_sum;
-  int head = 0, ahead_head = 0;
+  int head = 0;
   float scale = 1.0f;
 
  private:
@@ -242,6 +242,8 @@ class Core {
     }
   }
 
+  Window ahead_;
+  int ahead_head_ = 0;
   Buffer mask_;
   Buffer last_;  // logits, then weights, of the last key where it is not in the body; −∞ otherwise
 };
