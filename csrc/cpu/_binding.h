@@ -1,4 +1,4 @@
-// What the bindings of the CPU kernels do alike: the types of their arguments, the dtype and the level a kernel runs at.
+// What the bindings of the CPU kernels do alike: argument types, the dtype and the level a kernel runs at.
 #pragma once
 
 #include "check.h"

@@ -12,8 +12,8 @@ Isa best_isa();       // the fastest of them, in use from the start
 Isa isa();            // the level in use
 void set_isa(Isa x);  // for tests: every level gives the right result, only the speed differs
 
-// Declares the functions of a kernel in `space` of every level, where `op` names the namespace of their parameters; ranges
-// [from, to) among those are what parallel_for hands out.
+// Declares the functions of a kernel in `space` of every level, where `op` names the namespace of their parameters.
+// Ranges [from, to) among those are what parallel_for hands out.
 #define ACCEL_DECLARE_AT(level, op, space, ...) \
   namespace accel::level::space {               \
   using namespace accel::op;                    \

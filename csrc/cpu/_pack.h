@@ -1,5 +1,6 @@
-// Operands of products, packed as rows of 32-bit words: an fp32 number each or, where the processor multiplies those, a
-// pair of bf16. Their stride is an odd number of cache lines, so that a column does not fall into a few sets of the cache.
+// Operands of products, packed as rows of 32-bit words: an fp32 number each or, where the processor multiplies those,
+// a pair of bf16. Their stride is an odd number of cache lines, so that a column does not fall into a few sets of the
+// cache.
 #pragma once
 
 #include "_gemm.h"

@@ -1,7 +1,7 @@
 // One tile of logits, queries × keys: packing of its operands, biases and masks. Shared by forward and backward.
 //
-// What is not finite is replaced by zero in the operands and remembered, since 0 · NaN would carry it to queries that may
-// not see it; pairs that may see it are made NaN instead.
+// What is not finite is replaced by zero in the operands and remembered, since 0 · NaN would carry it to queries that
+// may not see it; pairs that may see it are made NaN instead.
 #pragma once
 
 #include "params.h"

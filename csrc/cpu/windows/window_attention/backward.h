@@ -1,4 +1,4 @@
-// Backward: the weights are computed again, block of rows by block of rows; a task owns some heads and a run of windows.
+// Backward: the weights are computed again, block of rows by block of rows. A task owns some heads of a run of windows.
 #pragma once
 
 #include "core.h"
@@ -86,7 +86,8 @@ class Backward {
         for (int i = 0; i < rows; i += 2) two_through_softmax(first + i, i, i + 1 < rows, sum);
       } else {
         for (int i = 0; i < rows; ++i) through_softmax(index, first + i, i);
-        for (int64_t e = 0; sum && e < int64_t(rows) * ld; e += W) store(sum + e, load(sum + e) + load(grad_logits + e));
+        for (int64_t e = 0; sum && e < int64_t(rows) * ld; e += W)
+          store(sum + e, load(sum + e) + load(grad_logits + e));
         turned_weights.take(core.logits, ld, rows, 0, N);
         turned_grads.take(grad_logits, ld, rows, 0, N);
       }

@@ -25,8 +25,8 @@ int dense(int size) {
   return vectors(PAIRS ? (size + 1) / 2 : size);
 }
 
-// Everything a worker needs to compute the probabilities of one (window, head). With PAIRS its rows stay what they are in
-// memory, bf16, and products are made of pairs of those.
+// Everything a worker needs to compute the probabilities of one (window, head). With PAIRS its rows stay what they are
+// in memory, bf16, and products are made of pairs of those.
 template <typename T, bool PAIRS>
 class Core {
  public:
@@ -61,8 +61,8 @@ class Core {
     std::fill(row_max.data(), row_max + ld, 0.0f);
   }
 
-  // Gather q, k, v of the window's head; cosine attention normalises q and k. In fp32 the transposed k, which only makes
-  // logits, carries the scale and log2(e).
+  // Gather q, k, v of the window's head; cosine attention normalises q and k. In fp32 the transposed k, which only
+  // makes logits, carries the scale and log2(e).
   void gather(int64_t index, int h) {
     window.move_to(index);
     head = h;
@@ -111,7 +111,8 @@ class Core {
     for (int i = 0; i < rows; ++i) {
       if (ahead_.row(first + i) >= 0)
         for (int which = 0; which < 3; ++which)
-          fetch(static_cast<const T*>(p.qkv) + (ahead_.row(first + i) * 3 + which) * channels + int64_t(ahead_head_) * D,
+          fetch(static_cast<const T*>(p.qkv) + (ahead_.row(first + i) * 3 + which) * channels +
+                    int64_t(ahead_head_) * D,
                 D * sizeof(T));
       float* row = logits + int64_t(i) * ld;
       const float* mask = window.masked() ? mask_ + int64_t(window.label(first + i)) * ld : nullptr;
@@ -150,7 +151,8 @@ class Core {
   void fill_row(const float* fill, int which, Words<PAIRS>& rows, int n) const {
     using Element = std::conditional_t<PAIRS, bf16, float>;
     rows.clear(n);
-    for (int d = 0; fill && d < D; ++d) from_float(fill[which * channels + d], reinterpret_cast<Element*>(rows.at(n)) + d);
+    Element* dst = reinterpret_cast<Element*>(rows.at(n));
+    for (int d = 0; fill && d < D; ++d) from_float(fill[which * channels + d], dst + d);
   }
 
   // Divide a row by its norm and return 1 / norm.
