@@ -1,44 +1,53 @@
-# make bench   set up .venv, build, run the main job: patched Swin models, proof of equality, speed
-# make test    the same set-up, then every check that CI runs
-# SYSTEM=1     use the interpreter at hand with what it already has, without a network; builds in place
+# make bench         set up .venv, build, run the main job: patched Swin models, proof of equality, speed
+# make test          the same set-up, then every check that CI runs
+# make test-newest   the same checks beside the newest torch, in .venv-newest (a CUDA build: 6 GB)
+# SYSTEM=1           use the interpreter at hand with what it already has, without a network; builds in place
 
 PYTHON ?= python3
 OUT ?= reports/gpu
 VENV := .venv
+CONSTRAINTS := constraints.txt
+NEWEST := torch==2.14.1 torchvision==0.29.1 triton==3.8.0
 
-# The versions CI is built and tested on. torch first: an open range would bring a CUDA build of several gigabytes.
-TORCH := torch==2.13.0
-TRITON := triton==3.7.1
-TORCHVISION := torchvision==0.28.0
-BUILD := "setuptools>=77,<82" wheel ninja pybind11
-BENCH := rich matplotlib scikit-learn scikit-image pillow packaging
-TEST := "pytest>=8" pytest-benchmark hypothesis safetensors timm "transformers>=5.9" diffusers ruff mypy
+BUILD := setuptools wheel ninja pybind11
+BENCH := triton rich matplotlib scikit-learn scikit-image pillow packaging
+TEST := pytest pytest-xdist pytest-benchmark hypothesis safetensors timm transformers diffusers ruff mypy
+PARALLEL := -n 2 --dist worksteal
 
 ifeq ($(SYSTEM),1)
 RUN := $(PYTHON)
 STAMP := build/.system
+TOOLS := $(STAMP)
+PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 endif
+PIP := $(RUN) -m pip install -q -c $(CONSTRAINTS)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
-.PHONY: install bench test lint gpu clean
+# $(call timed,what,command): runs the command and says how long it took
+timed = @start=$$(date +%s); $(2); code=$$?; echo "== $(1) took $$(($$(date +%s) - start)) s"; exit $$code
+
+.PHONY: install tools bench test test-newest lint gpu clean
 
 install: $(STAMP)
 
-$(VENV)/.installed: pyproject.toml Makefile $(SOURCES)
+tools: $(TOOLS)
+
+$(VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS) $(SOURCES)
 	@echo "== python environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q --upgrade pip
+	$(PIP) pip
 	@echo "== torch"
-	$(RUN) -m pip install -q $(TORCH) $(BUILD)
+	$(PIP) torch $(BUILD)
 	@echo "== triton, torchvision, what benchmarks need"
-	$(RUN) -m pip install -q $(TRITON) $(BENCH)
-	$(RUN) -m pip install -q --no-deps $(TORCHVISION)
+	$(PIP) $(BENCH)
+	$(PIP) --no-deps torchvision
 	@echo "== native kernels"
-	ACCEL_REQUIRE_NATIVE=1 $(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	ACCEL_REQUIRE_NATIVE=1 $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
 build/.system: $(SOURCES)
@@ -47,30 +56,33 @@ build/.system: $(SOURCES)
 
 $(VENV)/.tools: $(VENV)/.installed
 	@echo "== test tools and the libraries that are patched"
-	$(RUN) -m pip install -q $(TEST)
+	$(PIP) $(TEST)
 	@touch $@
+
+build/newest.txt: constraints.txt Makefile
+	@mkdir -p build
+	grep -vE '^(torch|torchvision|triton)==' constraints.txt > $@
+	printf '%s\n' $(NEWEST) >> $@
 
 bench: install
 	$(RUN) -m accel doctor
 	$(RUN) -m accel bench
 
-ifeq ($(SYSTEM),1)
-TOOLS := $(STAMP)
-else
-TOOLS := $(VENV)/.tools
-endif
-
-lint: $(TOOLS)
+lint: tools
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-test: $(TOOLS)
+test:
+	$(call timed,set-up,$(MAKE) --no-print-directory tools)
 ifneq ($(SYSTEM),1)
-	$(MAKE) lint
+	$(call timed,lint,$(MAKE) --no-print-directory lint)
 endif
 	$(RUN) -m accel doctor
-	ACCEL_REQUIRE_NATIVE=1 $(RUN) -m pytest -q -m "not slow and not gpu" --durations=15
+	$(call timed,tests,ACCEL_REQUIRE_NATIVE=1 $(RUN) -m pytest -q $(PARALLEL) -m "not slow and not gpu" --durations=15)
+
+test-newest: build/newest.txt
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=build/newest.txt
 
 # For a machine with a GPU and no network: the interpreter at hand, values first (at most 4 minutes), then speed by
 # priority; fits in 8 minutes, and what has run is on disk whatever happens to the rest.
@@ -84,4 +96,4 @@ gpu: build/.system
 		tail -n 80 $(OUT)/bench.txt
 
 clean:
-	rm -rf build dist $(VENV) accel/*.so accel/_build_log.txt *.egg-info
+	rm -rf build dist .venv .venv-newest accel/*.so accel/_build_log.txt *.egg-info

@@ -7,6 +7,7 @@ its own, so that a crash or a sanitizer's report is a result like any other.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import re
@@ -67,18 +68,23 @@ def _run(command: Sequence[str | Path]) -> str:
 
 
 def _kept(variant: str, key: str, make: Callable[[Path, Path], None], end: str = "") -> Path:
-    """What ``make(scratch folder, file)`` wrote, made once for every key; of a variant the last is kept."""
+    """What ``make(scratch folder, file)`` wrote, made once for every key; of a variant the last is kept.
+
+    Tests run in several processes: whoever comes second waits for the first.
+    """
     target = BUILD / f"{variant}-{key}{end}"
-    if target.exists():
-        return target
     BUILD.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
-        made = Path(scratch) / "made"
-        make(Path(scratch), made)
-        made.replace(target)
-    for old in BUILD.glob(f"{variant}-{'[0-9a-f]' * 20}{end}"):
-        if old != target:
-            old.unlink(missing_ok=True)
+    with open(BUILD / f"{variant}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
+            made = Path(scratch) / "made"
+            make(Path(scratch), made)
+            made.replace(target)
+        for old in BUILD.glob(f"{variant}-{'[0-9a-f]' * 20}{end}"):
+            if old != target:
+                old.unlink(missing_ok=True)
     return target
 
 
