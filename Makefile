@@ -10,7 +10,7 @@ CONSTRAINTS := constraints.txt
 NEWEST := torch==2.14.1 torchvision==0.29.1 triton==3.8.0
 
 BUILD := setuptools wheel ninja pybind11
-BENCH := triton rich matplotlib scikit-learn scikit-image pillow packaging
+BENCH := triton transformers timm rich matplotlib scikit-learn scikit-image pillow packaging
 TEST := pytest pytest-xdist pytest-benchmark hypothesis safetensors timm transformers diffusers ruff mypy
 PARALLEL := -n 2 --dist worksteal
 
@@ -92,7 +92,7 @@ gpu: build/.system
 	-timeout 240 $(PYTHON) -m pytest -v --maxfail=30 -p no:cacheprovider -m "not slow" --junitxml=$(OUT)/tests.xml \
 		tests/*/test_*_gpu.py tests/*/test_*_triton.py > $(OUT)/tests.txt 2>&1; \
 		tail -n 40 $(OUT)/tests.txt
-	-timeout 210 $(PYTHON) -m accel bench --device cuda --budget 180 --out $(OUT)/bench > $(OUT)/bench.txt 2>&1; \
+	-timeout 210 $(PYTHON) -m accel bench --goals --device cuda --budget 180 --out $(OUT)/bench > $(OUT)/bench.txt 2>&1; \
 		tail -n 80 $(OUT)/bench.txt
 
 clean:
