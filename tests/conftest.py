@@ -24,3 +24,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes goes first, so that one process does not end with it while the other waits."""
+    items.sort(key=lambda item: "test_compile_gate" not in item.nodeid)
