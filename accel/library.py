@@ -271,10 +271,15 @@ def _autograd(
             needs = [list(needed[always:gradients])] if asks else []
             found = once_differentiable(backward_op, *laid_out, *saved, *ctx.sizes, *rest, *needs, backend)
             pairs = zip([found] if gradients == 1 else found, fields, needed, strict=False)
-            cast = [(g if x is None else g.to(x.dtype)) if wanted else None for g, x, wanted in pairs]
-            return *cast, *([None] * (len(needed) - gradients))
+            made = [_in_dtype_of(x, g) if wanted else None for g, x, wanted in pairs]
+            return *made, *([None] * (len(needed) - gradients))
 
     return Recorded
+
+
+def _in_dtype_of(x: Tensor | None, grad: Tensor) -> Tensor:
+    """A gradient as autograd takes it; the call of ``to`` is spared where it would do nothing."""
+    return grad if x is None or grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def _refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor]) -> None:

@@ -326,13 +326,15 @@ SHORT = Short(
 
 
 def _cpu_goals() -> Iterator[Goal]:
-    forward = {"stage 1": 2.5, "stage 2": 2.0}
-    both = {"fp32": 1.7, "bf16": 1.5}
-    for group, dtype in product(forward, both):
-        for mode, bound, stretch in (("forward", forward[group], 3.0), ("forward+backward", both[dtype], 2.0)):
+    """Against eager; bf16 is held to more, for dot products of bf16 are twice as fast as fp32's where they are used."""
+    forward = {("stage 1", "fp32"): 2.5, ("stage 2", "fp32"): 2.0, ("stage 1", "bf16"): 3.0, ("stage 2", "bf16"): 3.0}
+    both = {"fp32": 1.7, "bf16": 2.0}
+    for (group, dtype), bound in forward.items():
+        for mode, least, stretch in (("forward", bound, 3.0), ("forward+backward", both[dtype], 2.0)):
             where = {"group": group, "dtype": dtype, "mode": mode}
             name = f"core {mode}, {group}, {dtype}"
-            yield Goal(f"{name}, against eager", NAME, "speedup", "cpu", where, "eager", bound, stretch=stretch)
+            further = None if dtype == "bf16" else stretch
+            yield Goal(f"{name}, against eager", NAME, "speedup", "cpu", where, "eager", least, stretch=further)
             yield Goal(f"{name}, against compile", NAME, "speedup", "cpu", where, "compile", 1.0)
 
 
