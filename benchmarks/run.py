@@ -37,7 +37,7 @@ DESCRIPTION = f"""\
 Measure whole models and ops against what people use today, each proven right before it is timed.
 
   bench           whole models, and two or three rows of each family: {BUDGET / 60:g} minutes
-  bench --goals   every row that a goal is about, with the rivals it names: about a quarter of an hour
+  bench --goals   every row that a goal is about, with the rivals it names: 11 minutes on two cores
   bench --full    every row, shape, model and rival, torch.compile among them, in more rounds: an hour
 
 All three leave a table here and, in a folder, results.json, results.csv, speed.svg and index.html."""
