@@ -26,3 +26,10 @@ def params(function, cases, tiny, quick):
         pytest.param(check, id=name.removeprefix("triton-"), marks=[] if name in names else slow)
         for name, check in found.items()
     ]
+
+
+def on_the_cpu(*args):
+    """Arguments for a test of all backends, which knows no GPU; skips where there is one."""
+    if DEVICE == "cuda":
+        pytest.skip("its tensors are on the CPU")
+    return args

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 import test_deform_attention2d as common
 from _deform_attention2d_cases import CASES, by_name, case
-from _triton_checks import DEVICE, params
+from _triton_checks import DEVICE, on_the_cpu, params
 
 import accel
 from accel import testing
@@ -56,13 +56,6 @@ def test_groups_may_be_sorted_one_by_one(monkeypatch):
 
 
 # --- what the tests of all backends ask ---
-
-
-def on_the_cpu(*args):
-    """The common test, which knows no GPU."""
-    if DEVICE == "cuda":
-        pytest.skip("its tensors are on the CPU")
-    return args
 
 
 def test_positions_at_the_border_and_beyond():

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 import test_ms_deform_attn as common
 from _ms_deform_attn_cases import CASES, case
-from _triton_checks import DEVICE, params
+from _triton_checks import DEVICE, on_the_cpu, params
 
 import accel
 from accel import testing
@@ -118,13 +118,6 @@ def test_levels_may_overlap():
 
 
 # --- what the tests of all backends ask ---
-
-
-def on_the_cpu(*args):
-    """The common test, which knows no GPU."""
-    if DEVICE == "cuda":
-        pytest.skip("its tensors are on the CPU")
-    return args
 
 
 def test_positions_at_the_border_and_beyond():
