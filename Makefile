@@ -1,6 +1,7 @@
 # make bench         set up .venv, build, run the main job: patched Swin models, proof of equality, speed
 # make test          the same set-up, then every check that CI runs
 # make test-newest   the same checks beside the newest torch, in .venv-newest (a CUDA build: 6 GB)
+# make sweep        every family of transformers and timm, tiny, with the kernels; what became of them, as a page
 # SYSTEM=1           use the interpreter at hand with what it already has, without a network; builds in place
 
 PYTHON ?= python3
@@ -12,6 +13,7 @@ NEWEST := torch==2.14.1 torchvision==0.29.1 triton==3.8.0
 BUILD := setuptools wheel ninja pybind11
 BENCH := triton transformers timm rich matplotlib scikit-learn scikit-image pillow packaging
 TEST := pytest pytest-xdist pytest-benchmark hypothesis safetensors timm transformers diffusers ruff mypy
+SWEEP := accelerate peft torchao
 PARALLEL := -n 2 --dist worksteal
 
 ifeq ($(SYSTEM),1)
@@ -31,7 +33,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # $(call timed,what,command): runs the command and says how long it took
 timed = @start=$$(date +%s); $(2); code=$$?; echo "== $(1) took $$(($$(date +%s) - start)) s"; exit $$code
 
-.PHONY: install tools bench test test-newest lint gpu clean
+.PHONY: install tools bench test test-newest sweep lint gpu clean
 
 install: $(STAMP)
 
@@ -83,6 +85,11 @@ endif
 
 test-newest: build/newest.txt
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=build/newest.txt
+
+sweep: tools
+	$(PIP) $(SWEEP)
+	$(call timed,sweep,$(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow" tests/sweep)
+	$(RUN) tests/sweep --table tests/sweep/RESULTS.md
 
 # For a machine with a GPU and no network: the interpreter at hand, values first (at most 4 minutes), then speed by
 # priority; fits in 8 minutes, and what has run is on disk whatever happens to the rest.

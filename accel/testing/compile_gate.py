@@ -123,16 +123,30 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[0][0]), int(found[0][1])
 
 
-def compile_case(case: Any, architecture: int) -> Result:
-    """Compile one case for ``sm_<architecture>``; whatever the compiler throws is the result's error."""
+def compile_case(case: Any, architecture: int, kept: dict[str, str] | None = None) -> Result:
+    """Compile one case for ``sm_<architecture>``; whatever the compiler throws is the result's error.
+
+    Triton's own code is made of the Python code once for all architectures: it is put into ``kept``, by the hash of
+    the case, and taken from there.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attributes)
+    target, kept = GPUTarget("cuda", architecture, 32), {} if kept is None else kept
     start = time.perf_counter()
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
+        hashed = source.hash()
+        if hashed in kept:
+            with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
+                file.write(kept[hashed])
+                file.flush()
+                compiled = triton.compile(file.name, target=target, options=case.options)
+        else:
+            compiled = triton.compile(source, target=target, options=case.options)
+            kept.clear()  # the architectures of a case follow each other
+            kept[hashed] = compiled.asm["ttir"]
         registers, stack = _resources(compiled.asm["cubin"])
         seconds = time.perf_counter() - start
         limit = max(STACK_LIMIT, case.spill)
@@ -146,6 +160,7 @@ Job = tuple[str, int, int]
 """An op, the position of a case in its list, and the architecture."""
 
 _loaded: dict[str, list[Any]] = {}
+_kept: dict[str, str] = {}
 
 
 def _work(job: Job) -> Result:
@@ -153,7 +168,7 @@ def _work(job: Job) -> Result:
     op, position, architecture = job
     if op not in _loaded:
         _loaded[op] = cases(op)
-    return compile_case(_loaded[op][position], architecture)
+    return compile_case(_loaded[op][position], architecture, _kept)
 
 
 def _results(jobs: list[Job], compile_all: Callable[[list[Job]], Iterable[Result]]) -> Iterator[tuple[Job, Result]]:
@@ -207,7 +222,8 @@ def run(ops: list[str], processes: int, only: str = "", everything: bool = False
     with contextlib.ExitStack() as stack:
         compile_all: Callable[[list[Job]], Iterable[Result]] = functools.partial(map, _work)
         if processes > 1:
-            compile_all = functools.partial(stack.enter_context(ProcessPoolExecutor(processes)).map, _work)
+            pool = stack.enter_context(ProcessPoolExecutor(processes))
+            compile_all = functools.partial(pool.map, _work, chunksize=2)  # both generations of a case to one process
         found: dict[Job, Result] = {}
         for job, result in _results(first, compile_all):
             found[job] = result
