@@ -94,3 +94,11 @@ def why_not_dropout(p: float, training: bool) -> str | None:
     if training and p >= 1.0:
         return f"attention dropout is {p}, and a kernel takes less than 1"
     return None
+
+
+def why_not_version(module: nn.Module, *names: str) -> str | None:
+    """Why a class that lacks one of these attributes is not the one that is known here."""
+    missing = next((name for name in names if not hasattr(module, name)), None)
+    if missing is None:
+        return None
+    return f"{type(module).__name__} has no {missing}: not the version of the library that is known here"
