@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import accel
+
 pytest.importorskip("torchvision")
 pytest.importorskip("timm")
 
@@ -176,6 +178,35 @@ def gradients(model, inputs):
     (out * noise(*out.shape, seed=9).to(out.dtype)).sum().backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return out.detach(), grads | {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
+
+
+def assert_same_function(model, inputs, count):
+    """In training mode: what is dropped elsewhere, in the MLP of a bias say, is drawn alike by the class and by us."""
+    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
+    reference, expected = drawn_gradients(model, inputs)
+    report = accel.patch(model)
+    assert len(report.replaced) == count, str(report)
+    assert not report.skipped
+    out, found = drawn_gradients(model, inputs)
+    assert served(report) == [1] * count
+    scale = max(1.0, float(reference.abs().max()))
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-12 * scale)
+    assert list(found) == list(expected)
+    for parameter, gradient in expected.items():
+        error = float((found[parameter] - gradient).abs().max())
+        assert error <= 1e-10 * max(float(gradient.abs().max()), 1.0), f"{parameter}: {error}"
+    assert list(model.state_dict()) == keys
+    assert [type(m) for m in model.modules()] == types
+    assert report.verify(*inputs) <= 1e-12 * scale
+
+    assert len(accel.unpatch(model)) == count
+    again, _ = drawn_gradients(model, inputs)
+    assert torch.equal(again, reference)
+
+
+def drawn_gradients(model, inputs):
+    torch.manual_seed(7)
+    return gradients(model, inputs)
 
 
 def served(report):

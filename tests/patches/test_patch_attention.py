@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 from _attention_models import (
     MODELS,
     VIT,
+    assert_same_function,
     build,
     change_op,
     encoder,
@@ -47,27 +48,7 @@ BACKEND = None if hasattr(torch.ops.accel_native, "softmax_attention_forward") e
 
 @pytest.mark.parametrize("name", MODELS)
 def test_patched_model_computes_the_same(name):
-    model, inputs, count = build(name)
-    keys, types = list(model.state_dict()), [type(m) for m in model.modules()]
-    reference, expected = gradients(model, inputs)
-    report = accel.patch(model)
-    assert len(report.replaced) == count, str(report)
-    assert not report.skipped
-    out, found = gradients(model, inputs)
-    assert served(report) == [1] * count
-    scale = max(1.0, float(reference.abs().max()))
-    torch.testing.assert_close(out, reference, rtol=0, atol=1e-12 * scale)
-    assert list(found) == list(expected)
-    for parameter, gradient in expected.items():
-        error = float((found[parameter] - gradient).abs().max())
-        assert error <= 1e-10 * max(float(gradient.abs().max()), 1.0), f"{parameter}: {error}"
-    assert list(model.state_dict()) == keys
-    assert [type(m) for m in model.modules()] == types
-    assert report.verify(*inputs) <= 1e-12 * scale
-
-    assert len(accel.unpatch(model)) == count
-    again, _ = gradients(model, inputs)
-    assert torch.equal(again, reference)
+    assert_same_function(*build(name))
 
 
 @pytest.mark.parametrize(
