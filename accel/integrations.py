@@ -1,7 +1,7 @@
 """Making ``"accel"`` a name that transformers knows, whichever of the two is imported first.
 
-Nothing is imported for it: where transformers is not there yet, a finder waits for the two modules that hold the
-registries and lets everyone else find them.
+Nothing is imported for it: where transformers is not there yet, a finder waits for the modules that hold the registries
+and the base classes that check the name, and lets everyone else find them.
 """
 
 from __future__ import annotations
@@ -16,22 +16,31 @@ from typing import Any
 
 log = logging.getLogger("accel")
 
-NAME = "accel"
-
 
 def _register_attention(module: ModuleType) -> None:
-    from accel.patches import transformers_interface
+    from accel.patches import transformers_by_name, transformers_interface
 
-    module.AttentionInterface.register(NAME, transformers_interface.attention)
+    for name in transformers_interface.NAMES:
+        module.AttentionInterface.register(name, transformers_interface.attention)
+    if hasattr(module, "PreTrainedModel"):
+        transformers_by_name.install(module.PreTrainedModel)
 
 
 def _register_mask(module: ModuleType) -> None:
     from accel.patches import transformers_interface
 
-    module.AttentionMaskInterface.register(NAME, transformers_interface.mask)
+    module.AttentionMaskInterface.register(transformers_interface.NAME, transformers_interface.mask)
+    module.AttentionMaskInterface.register(transformers_interface.EAGER_MASKS, transformers_interface.eager_mask)
+
+
+def _register_weights(module: ModuleType) -> None:
+    from accel.patches import transformers_by_name
+
+    transformers_by_name.let_weights_be_asked_for(module.PreTrainedConfig)
 
 
 _REGISTRIES = {
+    "transformers.configuration_utils": _register_weights,
     "transformers.modeling_utils": _register_attention,
     "transformers.masking_utils": _register_mask,
 }

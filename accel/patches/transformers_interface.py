@@ -30,6 +30,11 @@ from accel.patches.transformers_rules import (
 )
 
 NAME = "accel"
+EAGER_MASKS = "accel_eager_masks"
+"""The same attention with the masks that eager gets, for models whose code relies on them."""
+NAMES = (NAME, EAGER_MASKS)
+FIELD = "_attn_implementation_internal"
+"""Where a configuration keeps the name."""
 STAND = "_accel"
 """The attribute under which a patched attention module keeps its counts."""
 
@@ -39,9 +44,6 @@ _UNREAD = {
     *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
-
-FOREIGN = {"indices", "block_indices", "sinks"}
-"""Keywords of sparse and other attention, for which the mask alone is not enough."""
 
 
 # --- attention ---
@@ -239,6 +241,12 @@ def mask(
     if may_skip and plain and (not rule.causal or q_length == 1 or q_length == kv_length):
         return None
     return LazyMask(rule)
+
+
+def eager_mask(**given: Any) -> Tensor | None:
+    """transformers' mask function for eager attention, which adds what it makes: under a name of ours."""
+    made: Tensor | None = sys.modules[MASKING].eager_mask(**given)  # type: ignore[attr-defined]
+    return made
 
 
 def _rule(

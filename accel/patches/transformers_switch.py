@@ -6,8 +6,6 @@ model gets a copy of its configuration with that one field changed; what is set 
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,11 +13,18 @@ from torch import nn
 
 from accel import integrations
 from accel.patches.stand import Stand, stands_in
-from accel.patches.transformers_interface import FOREIGN, NAME, STAND
+from accel.patches.transformers_classes import (
+    goes_through_the_registry,
+    is_config,
+    look,
+    read_by_eager,
+    why_not,
+)
+from accel.patches.transformers_interface import FIELD, NAME, STAND
+
+__all__ = ["OP", "Attention", "Switch", "goes_through_the_registry", "plan", "why_not"]
 
 OP = "softmax_attention"
-_FIELD = "_attn_implementation_internal"
-_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
 
 class Switch(Stand):
@@ -67,38 +72,8 @@ class Attention(Switch):
 def _carry_over(twin: Any, before: dict[str, Any], original: Any) -> None:
     for name, value in vars(twin).items():
         new = name not in before or before[name] is not value
-        if new and name != _FIELD and not _is_config(value):
+        if new and name != FIELD and not is_config(value):
             vars(original)[name] = value
-
-
-def _is_config(x: Any) -> bool:
-    module = sys.modules.get("transformers.configuration_utils")
-    return module is not None and isinstance(x, module.PreTrainedConfig)
-
-
-def goes_through_the_registry(module: nn.Module) -> bool:
-    """Whether the module's class asks transformers' registry which function computes its attention."""
-    return _REGISTRY in _words(type(module)) and _is_config(vars(module).get("config"))
-
-
-def why_not(module: nn.Module) -> str | None:
-    """Why a module that goes through the registry cannot be switched."""
-    foreign = sorted(FOREIGN & _words(type(module)))
-    return f"it passes {', '.join(foreign)} to its attention, which the op does not know" if foreign else None
-
-
-def _words(cls: type) -> frozenset[str]:
-    """The global names that the class's forward reads, and the keywords and strings in it."""
-    if cls not in _known:
-        code = getattr(inspect.unwrap(getattr(cls, "forward", _words)), "__code__", None)
-        consts = () if code is None else code.co_consts
-        parts = [part for x in consts for part in (x if isinstance(x, tuple) else (x,))]
-        names = [_REGISTRY] if code is not None and _REGISTRY in code.co_names else []
-        _known[cls] = frozenset([*names, *(x for x in parts if isinstance(x, str))])
-    return _known[cls]
-
-
-_known: dict[type, frozenset[str]] = {}
 
 
 def plan(model: nn.Module, taken: set[str], left_out: set[str]) -> Iterator[tuple[str, Switch]]:
@@ -113,16 +88,18 @@ def plan(model: nn.Module, taken: set[str], left_out: set[str]) -> Iterator[tupl
     # A mask that was made to be added fits no other attention than the one it was made for.
     kept = [vars(module)["config"] for name, module in attention.items() if name not in taken]
     fixed = {id(config) for config in kept if config._attn_implementation not in ("sdpa", NAME)}
+    fixed |= look(model).eager_masks().keys()
     twins: dict[int, Any] = {}
     for _, module in named:
         for value in vars(module).values():
-            if _is_config(value):
+            if is_config(value):
                 _twin(value, wanted, twins)
     twins = {key: twin for key, twin in twins.items() if twin is not None}
     for name, module in named:
         if any(isinstance(stand, Switch) for stand in stands_in(module)):
             continue
         if name in taken:
+            read_by_eager(type(module))  # while nothing is being traced
             yield name, Attention(module, twins)
         elif name not in attention and name not in left_out:
             switch = Switch(module, twins)
@@ -134,13 +111,13 @@ def _twin(config: Any, wanted: set[int], twins: dict[int, Any]) -> Any:
     """A copy of ``config`` that is switched, with the copies of those in it; None where nothing in it is wanted."""
     if id(config) in twins:
         return twins[id(config)]
-    inside = {key: _twin(value, wanted, twins) for key, value in vars(config).items() if _is_config(value)}
+    inside = {key: _twin(value, wanted, twins) for key, value in vars(config).items() if is_config(value)}
     inside = {key: twin for key, twin in inside.items() if twin is not None}
     if id(config) not in wanted and not inside:
         twins[id(config)] = None
         return None
     copy = object.__new__(type(config))
     vars(copy).update(vars(config), **inside)
-    vars(copy)[_FIELD] = NAME
+    vars(copy)[FIELD] = NAME
     twins[id(config)] = copy
     return copy
