@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.ops.attention.softmax_attention import softmax_attention
-from accel.patches.entry import why_not_dropout
+from accel.patches import transformers_calls
 from accel.patches.stand import Stand, say_once
 from accel.patches.transformers_rules import (
     MASKING,
@@ -38,13 +38,6 @@ FIELD = "_attn_implementation_internal"
 STAND = "_accel"
 """The attribute under which a patched attention module keeps its counts."""
 
-# Keywords on their way through a model that say nothing about attention, or what the mask says already.
-_UNREAD = {
-    *("position_ids", "cache_position", "seq_idx", "deterministic", "num_items_in_batch", "use_cache"),
-    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-}
-
 
 # --- attention ---
 
@@ -63,23 +56,20 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function over :func:`accel.softmax_attention`.
 
     Queries ``(B, Hq, T, D)``, keys and values ``(B, Hkv, S, D)``, the output ``(B, T, Hq, D)`` without weights. A call
-    that asks for weights goes to the model's own eager function.
+    that asks for weights, or passes what the op does not know and the class's eager function reads, goes to that
+    function. What it does not read is not read here. ``s_aux`` is a sink per head, ``sinks`` another that
+    broadcasts to ``(B, Hq, T, 1)``.
 
     Raises:
-        NotImplementedError: a keyword that is not known here, a paged cache, or weights of a model that has no eager
-            function.
+        NotImplementedError: sparse indices or a paged cache, a keyword that is not known here, or weights, of a model
+            that has no eager function.
     """
-    for name, given in (("cache", cache), *kwargs.items()):
-        if name not in _UNREAD and given is not None and given is not False:
-            raise NotImplementedError(
-                f"{type(module).__name__} passes {name}={type(given).__name__} to its attention, which accel's does "
-                "not know; choose another attention for this model"
-            )
     stand = getattr(module, STAND, None)
     mask: Tensor | MaskRule
     if attention_mask is not None:
@@ -87,22 +77,32 @@ def attention(
     else:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = _without_mask(query, key, bool(causal), sliding_window)
-    reason = _why_not(module, dropout, kwargs)
+    reason = transformers_calls.why_not(module, dropout, {"cache": cache, **kwargs})
     if isinstance(stand, Stand):
         stand.count(reason)
     elif reason is not None and not torch.compiler.is_compiling():
         say_once(type(module).__name__, reason)
     if reason is not None:
-        kwargs |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+        kwargs |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "sinks": sinks}
+        kwargs |= {"position_bias": position_bias}
         kwargs = {k: written_out(v) for k, v in kwargs.items() if v is not None}
-        return _eager(reason, module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-    how: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "softcap": softcap, "sinks": s_aux}
-    how |= pairs(mask, None if _is_zero(module) else position_bias)
+        return transformers_calls.eager(
+            reason, module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    bias = position_bias if transformers_calls.reads(module, "position_bias") and not _is_zero(module) else None
+    cap = softcap if transformers_calls.reads(module, "softcap") else None
+    each = sinks if transformers_calls.reads(module, "sinks") else None
     if query.shape[0] != key.shape[0]:  # learned queries without a batch
         batch = max(query.shape[0], key.shape[0])
         query, key, value = [x.expand(batch, -1, -1, -1) for x in (query, key, value)]
     attend: Any = stand.attend if isinstance(stand, Stand) else softmax_attention
-    out = attend(query, key, value, **how)
+    how = {"scale": scaling, "dropout_p": dropout, "softcap": cap, "sinks": s_aux, **pairs(mask, bias)}
+    if each is not None:  # a sink of its own for each query takes its share of the weights afterwards
+        out, lse = attend(query, key, value, return_lse=True, **how)
+        each = each.view(-1, 1, 1) if each.dim() == 1 else each
+        out = out * torch.sigmoid(lse.unsqueeze(-1) - each.to(lse.dtype)).to(out.dtype)
+    else:
+        out = attend(query, key, value, **how)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -117,13 +117,6 @@ def _without_mask(query: Tensor, key: Tensor, causal: bool, sliding_window: int 
     if sliding_window is not None and keys >= sliding_window:
         window = (sliding_window - 1, -1 if causal else sliding_window - 1)
     return MaskRule(query.shape[0], queries, keys, query.device, causal and queries > 1, window, keys - queries)
-
-
-def _why_not(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> str | None:
-    config = getattr(module, "config", None)
-    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        return "attention weights are asked for"
-    return why_not_dropout(dropout, True)
 
 
 def _is_zero(module: nn.Module) -> bool:
@@ -153,23 +146,6 @@ def pairs(mask: Tensor | MaskRule | None, position_bias: Tensor | None) -> dict[
     if dense:
         how["bias"] = dense[0] if len(dense) == 1 else dense[0] + dense[1]
     return how
-
-
-def _eager(
-    reason: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **how: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The model's own attention in plain torch, with the mask as what it adds."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            break
-    else:
-        raise NotImplementedError(f"accel's attention cannot serve {type(module).__name__}: {reason}")
-    mask = mask.dense() if isinstance(mask, MaskRule) else written_out(mask)
-    if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    out: tuple[Tensor, Tensor | None] = function(module, query, key, value, mask, **how)
-    return out
 
 
 # --- masks ---
@@ -229,7 +205,7 @@ def mask(
         sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
         rule = _rule(sizes, mask_function, attention_mask, torch.device(device))
     if rule is None:
-        may_skip = allow_is_causal_skip and q_length in (1, kv_length)
+        may_skip = allow_is_causal_skip and q_length in (1, kv_length) and not torch.jit.is_tracing()
         made: Tensor | None = sys.modules[MASKING].sdpa_mask(  # type: ignore[attr-defined]
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
             mask_function=mask_function, attention_mask=attention_mask, local_size=local_size, device=device,

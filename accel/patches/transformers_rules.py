@@ -161,6 +161,11 @@ class MaskRule:
         """Whether the window hides anything that causal order leaves."""
         return self.window is not None and any(0 <= side < self.keys - 1 for side in self.window)
 
+    @property
+    def hides(self) -> bool:
+        """Whether there is anything in it that could keep a query from a key."""
+        return self.causal or any(x is not None for x in (self.window, self.key_mask, self.cu_seqlens))
+
     def arguments(self) -> dict[str, Any]:
         """The rule as arguments of :func:`accel.softmax_attention`."""
         how: dict[str, Any] = {}
