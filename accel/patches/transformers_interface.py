@@ -28,6 +28,7 @@ from accel.patches.transformers_rules import (
     read_mask_function,
     written_out,
 )
+from accel.patches.transformers_unseeing import fill, unseeing
 
 NAME = "accel"
 EAGER_MASKS = "accel_eager_masks"
@@ -64,7 +65,7 @@ def attention(
     Queries ``(B, Hq, T, D)``, keys and values ``(B, Hkv, S, D)``, the output ``(B, T, Hq, D)`` without weights. A call
     that asks for weights, or passes what the op does not know and the class's eager function reads, goes to that
     function. What it does not read is not read here. ``s_aux`` is a sink per head, ``sinks`` another that
-    broadcasts to ``(B, Hq, T, 1)``.
+    broadcasts to ``(B, Hq, T, 1)``. A query that the mask lets see no key gets the mean of the values, as from eager.
 
     Raises:
         NotImplementedError: sparse indices or a paged cache, a keyword that is not known here, or weights, of a model
@@ -103,6 +104,9 @@ def attention(
         out = out * torch.sigmoid(lse.unsqueeze(-1) - each.to(lse.dtype)).to(out.dtype)
     else:
         out = attend(query, key, value, **how)
+    rows = unseeing(mask) if s_aux is None and each is None else None
+    if rows is not None:
+        out = fill(out, rows, query, key, value, scaling, linear=cap is None)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -246,7 +250,10 @@ def _rule(
         lengths = torch.unique_consecutive(seen.sequences[0], return_counts=True)[1]
         ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         rule = replace(rule, cu_seqlens=ends.to(torch.int32))
-    return rule if rule.aligned else None
+    if not rule.aligned:
+        return None
+    _ = rule.unseeing  # looked at while masks are made, not between the layers
+    return rule
 
 
 def _packed_mask(packing: Packing, queries: int, keys: int, mask_function: Any, device: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -165,6 +166,24 @@ class MaskRule:
     def hides(self) -> bool:
         """Whether there is anything in it that could keep a query from a key."""
         return self.causal or any(x is not None for x in (self.window, self.key_mask, self.cu_seqlens))
+
+    @cached_property
+    def unseeing(self) -> Tensor | None:
+        """The queries that see no key at all, ``(B, 1, T, 1)``; None where there is none: without padding each sees
+        at least the key beside it."""
+        if self.key_mask is None or self.cu_seqlens is not None:
+            return None
+        place = torch.arange(self.queries, device=self.device) + self.offset
+        first, end = torch.zeros_like(place), torch.full_like(place, self.keys)
+        if self.causal:
+            end = (place + 1).clamp(0, self.keys)
+        if self.window is not None:
+            left, right = self.window
+            first = (place - left).clamp(0, self.keys) if left >= 0 else first
+            end = torch.minimum(end, (place + right + 1).clamp(0, self.keys)) if right >= 0 else end
+        real = torch.nn.functional.pad(self.key_mask.cumsum(1), (1, 0))
+        none = real[:, end] <= real[:, first]
+        return none[:, None, :, None] if bool(none.any()) else None
 
     def arguments(self) -> dict[str, Any]:
         """The rule as arguments of :func:`accel.softmax_attention`."""
