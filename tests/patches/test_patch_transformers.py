@@ -21,6 +21,7 @@ from _transformers_models import (
     PICTURE,
     RIGHT,
     T5,
+    TEXT,
     assert_same,
     assert_same_gradients,
     beit,
@@ -293,7 +294,7 @@ def test_sparse_attention_is_not_claimed():
 
 
 def test_modules_that_ignore_the_registry_are_not_claimed():
-    model = transformers.BloomModel(transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=4))
+    model = transformers.RoFormerModel(transformers.RoFormerConfig(**TEXT, embedding_size=32))
     with pytest.raises(ValueError, match="attention that goes through transformers' registry"):
         accel.patch(model)
     assert model.config._attn_implementation != "accel"
