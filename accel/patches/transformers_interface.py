@@ -76,8 +76,7 @@ def attention(
     if attention_mask is not None:
         mask = attention_mask
     else:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        mask = _without_mask(query, key, bool(causal), sliding_window)
+        mask = _without_mask(query, key, _is_causal(module, is_causal), sliding_window)
     reason = transformers_calls.why_not(module, dropout, {"cache": cache, **kwargs})
     if isinstance(stand, Stand):
         stand.count(reason)
@@ -108,6 +107,14 @@ def attention(
     if rows is not None:
         out = fill(out, rows, query, key, value, scaling, linear=cap is None)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _is_causal(module: nn.Module, asked: bool | None) -> bool:
+    """Whether no mask means causal order. BridgeTower calls the attention of its encoders causal, gives it no mask, and
+    runs in eager attention only, which then hides nothing."""
+    if asked is not None:
+        return asked
+    return bool(getattr(module, "is_causal", True)) and getattr(module, "is_decoder", None) is not False
 
 
 def _without_mask(query: Tensor, key: Tensor, causal: bool, sliding_window: int | None) -> MaskRule:

@@ -13,6 +13,7 @@ from _transformers_models import (
     MODELS,
     PICTURE,
     RIGHT,
+    TEXT,
     assert_same,
     bert,
     llama,
@@ -191,6 +192,24 @@ def test_a_sink_for_each_query():
     rows = [row for row in report.replaced if row.old_class.endswith("Attention")]
     assert len(rows) == 2
     assert all(row.calls and not row.fallbacks for row in rows), str(report)
+
+
+def bridgetower():
+    config = {"share_cross_modal_transformer_layers": True, "hidden_size": 32, "num_attention_heads": 4,
+              "num_hidden_layers": 2, "text_config": TEXT,
+              "vision_config": {**IMAGE, "hidden_size": 64}}  # fmt: skip
+    return transformers.BridgeTowerModel(transformers.BridgeTowerConfig(**config))
+
+
+def test_encoders_that_are_called_causal_see_everything():
+    model = eager(bridgetower)
+    inputs = {**text(RIGHT), "pixel_values": PICTURE["pixel_values"].repeat(2, 1, 1, 1)[:3]}
+    expected = model(**inputs)
+    report = accel.patch(model, skip=torch.nn.MultiheadAttention)
+    found = model(**inputs)
+    assert_same([found.image_features, found.pooler_output], [expected.image_features, expected.pooler_output])
+    assert report.replaced
+    assert not report.uncalled()
 
 
 def test_pages_of_several_requests_are_refused():
