@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from _transformers_models import IDS, RIGHT, bert, randomize
-from _transformers_odd import SOUND, lasr
+from _transformers_odd import SOUND, lasr, parakeet
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import accel
@@ -67,7 +67,7 @@ def test_what_is_not_finite_reaches_only_who_sees_it():
     assert gradient[:, :, 2:].isfinite().all()
 
 
-@pytest.mark.parametrize("make", [lasr])
+@pytest.mark.parametrize("make", [parakeet, lasr])
 def test_encoders_with_convolutions_read_padded_rows(make):
     model = randomize(make())
     model.set_attn_implementation("eager")
