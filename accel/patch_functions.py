@@ -9,11 +9,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from accel.patch import Row, table, uncalled
+from accel.patch_report import Row, table, uncalled
 from accel.patches import FUNCTIONS, Function
-from accel.patches.stand import Stand
+from accel.patches.stand import Stand, replaced_again
 
 __all__ = ["FunctionReport", "FunctionStand", "patch_functions", "unpatch_functions"]
 
@@ -35,8 +36,11 @@ class FunctionStand(Stand):
         self.function = function
 
     @property
-    def active(self) -> bool:
+    def in_place(self) -> bool:
         return vars(self.module).get(self.attribute) is self.function
+
+    def kept(self) -> str | None:
+        return None  # it is also there for where the original does not load
 
     def put(self) -> None:
         _rebind(self.attribute, self.original, self.function)
@@ -50,6 +54,8 @@ class FunctionStand(Stand):
         reason = None
         if not isinstance(first, Tensor):  # torch.fx traces with proxies
             reason = f"its {self._names[0]} is a {type(first).__name__}, not a tensor"
+        elif torch.jit.is_tracing():
+            reason = "torch.jit.trace is running, which records the library's own code"
         elif len(args) > len(self._names) or not given.keys() <= set(self._names):
             reason = f"it is not called with its arguments, {', '.join(self._names)}"
         self.count(reason)
@@ -165,5 +171,5 @@ def _take_out(stands: list[FunctionStand]) -> list[str]:
         else:
             covered.append(target)
     if covered:
-        raise RuntimeError(f"replaced again since they were patched, undo that first: {', '.join(covered)}")
+        raise replaced_again(covered)
     return restored

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def accepts_any_call(module: Any, **given: Any) -> str | None:
@@ -66,6 +69,21 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def plain_class(cls: type) -> type:
+    """The class below those that torch makes on the fly when it parametrizes or shards a module, and that leave its
+    forward as it is."""
+    while _made_by_torch(cls) and "forward" not in vars(cls):
+        cls = cls.__bases__[-1]
+    return cls
+
+
+def _made_by_torch(cls: type) -> bool:
+    module = sys.modules.get(cls.__module__)
+    return cls.__module__.startswith(_WRAPPING) and getattr(module, cls.__name__, None) is not cls
+
+
+_WRAPPING = ("torch.nn.utils.parametrize", "torch.distributed.")
+
 LINEAR = class_path(nn.Linear)
 DROPOUT = class_path(nn.Dropout)
 SOFTMAX = class_path(nn.Softmax)
@@ -74,7 +92,8 @@ SOFTMAX = class_path(nn.Softmax)
 def why_not_bypass(owner: nn.Module, **children: str) -> str | None:
     """Why one of ``owner``'s ``children`` (name to class path) must be called instead of being read.
 
-    A subclass (LoRA, quantization, a parametrization), a hook or a forward set on the instance may compute anything.
+    A subclass (LoRA, quantization, a parametrization), a hook or a forward set on the instance may compute anything,
+    and so may a parameter that is no plain tensor (quantized, sharded).
     """
     for name, expected in children.items():
         child = getattr(owner, name, None)
@@ -85,9 +104,42 @@ def why_not_bypass(owner: nn.Module, **children: str) -> str | None:
             return f"{name} is {found}, not the plain {expected}"
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks:
             return f"{name} carries hooks"
-        if "forward" in child.__dict__:
+        if _hooked_everywhere():
+            return f"a hook for all modules is registered, and would not see {name}"
+        if covers(child, "forward") is not None:
             return f"{name} has a forward of its own"
+        for key, x in child._parameters.items():
+            if x is not None and not _is_plain(type(x)):
+                return f"{key} of {name} is a {class_path(type(x))}, not a plain parameter{_order(type(x))}"
     return None
+
+
+def _hooked_everywhere() -> bool:
+    """Whether torch calls hooks around every module, which what is read instead of called passes by."""
+    there = torch.nn.modules.module
+    return bool(
+        there._global_forward_hooks
+        or there._global_forward_pre_hooks
+        or there._global_backward_hooks
+        or there._global_backward_pre_hooks
+    )
+
+
+def covers(module: nn.Module, attribute: str) -> Any:
+    """What stands in the instance in place of its class's method; None also for that method itself, bound."""
+    present = vars(module).get(attribute)
+    if isinstance(present, types.MethodType) and present.__self__ is module:
+        return None if present.__func__ is getattr(type(module), attribute, None) else present
+    return present
+
+
+def _is_plain(cls: type) -> bool:
+    """Whether a tensor of this class is what an op of torch takes it for; fake ones stand for such when traced."""
+    return cls is nn.Parameter or cls is Tensor or cls.__module__.startswith("torch._subclasses.")
+
+
+def _order(cls: type) -> str:
+    return ": patch the model before it is sharded" if cls.__module__.startswith("torch.distributed.") else ""
 
 
 def why_not_dropout(p: float, training: bool) -> str | None:

@@ -3,6 +3,8 @@
 They sample through ``grid_sample``, tap by tap and level by level, and know nothing of accel.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -117,6 +119,16 @@ class ModulatedDeformConv2dPack(ModulatedDeformConv2d):
         return self.compute(x, torch.cat((offset_y, offset_x), dim=1), torch.sigmoid(mask))
 
 
+def renamed(forward):
+    """mmcv's forward under the older name of its ``identity``."""
+
+    @functools.wraps(forward)
+    def with_older_name(self, *args, residual=None, **kwargs):
+        return forward(self, *args, **(kwargs if residual is None else {**kwargs, "identity": residual}))
+
+    return with_older_name
+
+
 class MultiScaleDeformableAttention(nn.Module):
     __module__ = "mmcv.ops.multi_scale_deform_attn"
 
@@ -130,6 +142,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.value_proj = nn.Linear(width, width)
         self.output_proj = nn.Linear(width, width)
 
+    @renamed
     def forward(
         self,
         query,
