@@ -78,6 +78,8 @@ def attention(
     else:
         mask = _without_mask(query, key, _is_causal(module, is_causal), sliding_window)
     reason = transformers_calls.why_not(module, dropout, {"cache": cache, **kwargs})
+    kept = stand.why_not_here(query) if isinstance(stand, Stand) and reason is None else None
+    reason = reason or kept
     if isinstance(stand, Stand):
         stand.count(reason)
     elif reason is not None and not torch.compiler.is_compiling():
@@ -86,6 +88,12 @@ def attention(
         kwargs |= {"sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "sinks": sinks}
         kwargs |= {"position_bias": position_bias}
         kwargs = {k: written_out(v) for k, v in kwargs.items() if v is not None}
+        plain = softcap is None and s_aux is None and sinks is None
+        own = getattr(stand, "own", None) if kept is not None and plain else None
+        if own is not None:  # what the model had before it was patched; the masks that are made for accel fit it
+            kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+            made: tuple[Tensor, None] = own(module, query, key, value, written_out(attention_mask), **kwargs)
+            return made
         return transformers_calls.eager(
             reason, module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )

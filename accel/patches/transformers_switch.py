@@ -65,6 +65,12 @@ class Attention(Switch):
     listed = True
 
     @property
+    def own(self) -> Any:
+        """transformers' function that computed this attention before, where that was sdpa's."""
+        registry = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
+        return registry["sdpa"] if self.originals["config"]._attn_implementation == "sdpa" else None
+
+    @property
     def active(self) -> bool:
         return super().active and vars(self.module)["config"]._attn_implementation == NAME
 

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("transformers")
 
+import transformers
 from _swin_models import build
 
 import accel
@@ -85,3 +86,26 @@ def test_compiled_it_is_one_graph_of_the_class():
     assert report.rows[0].kept == FLOAT64
 
 
+SMALL = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32,
+}  # fmt: skip
+IDS = torch.arange(14).view(2, 7)
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+
+
+@pytest.mark.usefixtures("without_kernels")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_of_the_registry_keeps_its_own(implementation):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, attn_implementation=implementation)).eval()
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=MASK).logits
+        report = accel.patch(model)
+        assert all("only the reference of softmax_attention" in row.kept for row in report.rows)
+        found = model(IDS, attention_mask=MASK).logits
+        torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()], rtol=0, atol=1e-6)
+        generated = model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False)
+        accel.unpatch(model)
+        assert torch.equal(generated, model.generate(IDS, attention_mask=MASK, max_new_tokens=3, do_sample=False))
+    assert all(row.calls == 0 and MISSING in next(iter(row.fallbacks)) for row in report.rows)
