@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Mapping
 
 from torch import nn
@@ -13,7 +14,7 @@ from accel.patches.unserved import UNSERVED
 
 __all__ = ["nothing_to_replace", "unserved"]
 
-_LOOKS = ("attention", "attn", "deform")
+_LOOKS = re.compile("attention|attn|deform|m[hq]?sa$|mla$", re.IGNORECASE)
 
 
 def unserved(model: nn.Module, left_out: set[str]) -> list[str]:
@@ -64,7 +65,7 @@ def _looks(module: nn.Module) -> bool:
         _path(module) in TABLE
         or _path(module) in UNSERVED
         or transformers_switch.goes_through_the_registry(module)
-        or any(part in name.lower() for part in _LOOKS)
+        or _LOOKS.search(name) is not None
         or _near(name) is not None
     )
 
