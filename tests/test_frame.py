@@ -22,7 +22,7 @@ OPS = {path.stem: path.parent.name for path in (ROOT / "accel" / "ops").glob("*/
 CODE = (".py", ".cpp", ".cu", ".h", ".cuh")
 SHELVES = ("accel/ops", "kernels", "csrc/cpu", "csrc/cuda", "tests")
 FAMILIES = {*OPS.values()}
-FRAME = {"tests": {"patches"}, "csrc/cpu": {"machine"}}
+FRAME = {"tests": {"patches", "sweep"}, "csrc/cpu": {"machine"}}
 """Folders of a floor that are no family's."""
 
 
