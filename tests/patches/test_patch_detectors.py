@@ -244,6 +244,17 @@ def test_hooks_of_the_projections_run():
     assert sorted(seen) == sorted(["sampling_offsets", "attention_weights", "value_proj", "output_proj"] * 2)
 
 
+@pytest.mark.parametrize("name", ["deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
+def test_keywords_on_their_way_through_a_detector_are_passed_over(name):
+    target = target_of(name)
+    attn, given = attention(target), calls_of(target)[0]
+    expected = attn(**given)[0]
+    report = accel.patch(attn, strict=True)
+    found = attn(**given, token_type_ids=torch.ones(2, 9), output_hidden_states=True)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert [(row.calls, row.fallbacks) for row in report.rows] == [(1, {})]
+
+
 # --- what is left to the class ---
 
 DISCRETE = "its sampling method is 'discrete', which is not bilinear"
