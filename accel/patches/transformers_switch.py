@@ -67,8 +67,9 @@ class Attention(Switch):
     @property
     def own(self) -> Any:
         """transformers' function that computed this attention before, where that was sdpa's."""
-        registry = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS  # type: ignore[attr-defined]
-        return registry["sdpa"] if self.originals["config"]._attn_implementation == "sdpa" else None
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        return ALL_ATTENTION_FUNCTIONS["sdpa"] if self.originals["config"]._attn_implementation == "sdpa" else None
 
     @property
     def active(self) -> bool:
