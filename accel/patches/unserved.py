@@ -36,12 +36,11 @@ UNSERVED: dict[str, str] = {
         ),
         _TWO: ("layers.diff_attention.DiffAttention", "models.vision_transformer.DiffParallelScalingBlock"),
         _BY_QUERY: (
-            "models.mvitv2.MultiScaleAttention",
-            "models.mvitv2.MultiScaleAttentionPoolFirst",
             "layers.bottleneck_attn.BottleneckAttn",
             "layers.halo_attn.HaloAttn",
         ),
         "it predicts its weights from the query alone, without keys": ("models.volo.OutlookAttention",),
+        "its maps are pooled before they are projected": ("models.mvitv2.MultiScaleAttentionPoolFirst",),
         "it adds a second softmax, over positions, to its weights": ("models.convit.GPSA",),
         "its heads run one after the other, each on the result of the one before": (
             "models.efficientvit_msra.CascadedGroupAttention",
