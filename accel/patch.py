@@ -59,8 +59,9 @@ def patch(
         allow_none: return an empty report where nothing was replaced, instead of raising.
         unpad: also take the padding out of every batch that comes with an ``attention_mask``, before the first layer
             of a transformers encoder or decoder-only model, and put it back behind the last one: hidden states there
-            are 0 where the mask is 0, and all that reads them (heads, losses) sees the padded batch. Calls that cannot
-            be flattened, with a cache for instance, raise.
+            are 0 where the mask is 0, and all that reads them (heads, losses) sees the padded batch. The first call of
+            a kind tries the model on a few tokens and raises ``NotImplementedError`` where anything but attention mixes
+            them. Calls that cannot be flattened, with a cache for instance, raise too.
 
     Returns:
         A report; ``print`` it, before or after the model ran. ``with accel.patch(model) as report:`` undoes the

@@ -271,18 +271,36 @@ def _rule(
     return rule
 
 
+@dataclass(frozen=True, eq=False)
+class _Refused(MaskRule):
+    """What has no packed form. Models also make masks that none of their layers reads, so reading it is the error."""
+
+    error: Exception = NotImplementedError()
+
+    @staticmethod
+    def of(rule: MaskRule, error: Exception) -> _Refused:
+        return _Refused(rule.batch, rule.queries, rule.keys, rule.device, error=error)
+
+    def arguments(self) -> dict[str, Any]:
+        raise self.error
+
+    def dense(self) -> Tensor:
+        raise self.error
+
+
 def _packed_mask(packing: Packing, queries: int, keys: int, mask_function: Any, device: Any) -> Tensor:
     if (queries, keys) != (packing.total, packing.total):
         raise NotImplementedError(
             f"a flattened batch of {packing.total} tokens meets an attention of {queries} queries and {keys} keys"
         )
-    seen = read_mask_function(mask_function)
-    if seen is None:
-        raise NotImplementedError(
-            "this model masks by more than causal order, a sliding window and padding, which has no packed form here"
-        )
-    if packing.gaps and seen.window is not None:
-        raise ValueError("padding stands between real tokens, where a sliding window counts distances over it")
     packing.masks += 1
-    rule = MaskRule(1, queries, keys, torch.device(device), seen.causal, seen.window, cu_seqlens=packing.cu_seqlens)
+    seen = read_mask_function(mask_function)
+    rule = MaskRule(1, queries, keys, torch.device(device), cu_seqlens=packing.cu_seqlens)
+    if seen is None:
+        reason = "masks by more than causal order, a sliding window and padding, which has no packed form here"
+        return LazyMask(_Refused.of(rule, NotImplementedError(f"this model {reason}")))
+    rule = replace(rule, causal=seen.causal, window=seen.window)
+    if packing.gaps and seen.window is not None:
+        reason = "padding stands between real tokens, where a sliding window counts distances over it"
+        return LazyMask(_Refused.of(rule, ValueError(reason)))
     return LazyMask(rule)

@@ -1,0 +1,523 @@
+"""Flattened batches of transformers: what may run so, what is refused, and that trying leaves no trace."""
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+import transformers
+from _transformers_models import (
+    BATCH,
+    DECODER,
+    GAPS,
+    IDS,
+    LEFT,
+    LENGTH,
+    RIGHT,
+    TEXT,
+    assert_same,
+    assert_same_gradients,
+    bert,
+    gemma2,
+    gpt_oss,
+    gradients,
+    llama,
+    modernbert,
+    outputs,
+    qwen3,
+    randomize,
+    text,
+)
+
+import accel
+
+pytestmark = pytest.mark.usefixtures("on_reference")
+
+BOTH = torch.ones_like(RIGHT)
+BOTH[0, :2] = BOTH[0, 7:] = BOTH[1, :4] = BOTH[2, 6:] = 0
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def padded(model, mask):
+    return {"input_ids": IDS.masked_fill(mask == 0, model.config.pad_token_id), "attention_mask": mask}
+
+
+def assert_flattens(model, inputs):
+    """Outputs and gradients of the flattened batch are those of the padded one."""
+    randomize(model)
+    expected, expected_gradients = gradients(model, inputs)
+    report = accel.patch(model, unpad=True)
+    found, found_gradients = gradients(model, inputs)
+    assert_same(found, expected)
+    assert_same_gradients(found_gradients, expected_gradients)
+    assert (report.rows[-1].op, report.rows[-1].calls) == ("unpad", 1)
+
+
+# --- positions that mix outside attention ---
+
+
+def mobilebert():
+    config = transformers.MobileBertConfig(**TEXT, embedding_size=16, intra_bottleneck_size=16, true_hidden_size=16)
+    return transformers.MobileBertModel(config)
+
+
+def esm(**options):
+    config = {**TEXT, "pad_token_id": 1, "mask_token_id": 4, "position_embedding_type": "rotary", **options}
+    return transformers.EsmForMaskedLM(transformers.EsmConfig(**config))
+
+
+@pytest.mark.parametrize("make", [mobilebert, lambda: esm(token_dropout=True)], ids=["MobileBERT", "ESM"])
+def test_a_model_whose_positions_mix_is_refused(make):
+    model = randomize(make())
+    accel.patch(model, unpad=True)
+    sentence = (
+        r"(MobileBert|Esm)Model cannot run on flattened batches: on a trial of 12 tokens last_hidden_state differs "
+        r"by up to \S+ of its size, on \d tokens, where rounding explains 1e-05; the tokens of one sequence change "
+        "those of another: positions mix outside attention"
+    )
+    for _ in range(2):
+        with pytest.raises(NotImplementedError, match=sentence):
+            model(**padded(model, RIGHT))
+    accel.unpatch(model)
+    model(**padded(model, RIGHT))
+
+
+MIXERS = {
+    "roll": lambda x: x + x.roll(1, 1),
+    "pad": lambda x: x + nn.functional.pad(x, (0, 0, 0, 1))[:, 1:],
+    "cumulative sum": lambda x: x.cumsum(1),
+    "cumulative maximum": lambda x: x.cummax(1).values,
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "pooling": lambda x: nn.functional.avg_pool1d(x.mT, 3, 1, 1).mT,
+    "sort": lambda x: x.sort(1).values,
+    "length": lambda x: x * x.shape[1] ** 0.5,
+    "a little": lambda x: x + 0.05 * x.roll(1, 1),
+}
+
+
+class Mixing(nn.Embedding):
+    mix = None
+
+    def forward(self, ids):
+        return self.mix(super().forward(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixing_of_any_kind_is_seen(name, dtype):
+    model = llama()
+    model.model.embed_tokens = Mixing(50, 32)
+    model.model.embed_tokens.mix = MIXERS[name]
+    randomize(model).to(dtype)
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match="LlamaModel cannot run on flattened batches: on a trial of 12"):
+        model(**text(RIGHT))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("make", [llama, gpt_oss, bert, gemma2], ids=["Llama", "GPT-OSS", "BERT", "Gemma2"])
+def test_rounding_is_not_taken_for_mixing(make, dtype):
+    model = randomize(make()).to(dtype)
+    report = accel.patch(model, unpad=True)
+    model(**text(RIGHT))
+    assert report.rows[-1].calls == 1
+
+
+def test_rounding_under_autocast_is_not_taken_for_mixing():
+    """And what is cast for the trial has no gradient, so the call may not find it in autocast's cache."""
+    model = randomize(llama()).train()
+    report = accel.patch(model, unpad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**text(RIGHT)).logits.sum().backward()
+    assert report.rows[-1].calls == 1
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# --- models that are proven ---
+
+FAMILIES = {
+    "BERT": bert,
+    "RoBERTa": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**{**TEXT, "pad_token_id": 1})),
+    "ESM": esm,
+    "ESM, absolute": lambda: esm(position_embedding_type="absolute"),
+    "OPT": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**{**DECODER, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1, "dropout": 0})
+    ),
+    "BioGPT": lambda: transformers.BioGptForCausalLM(transformers.BioGptConfig(**{**DECODER, "pad_token_id": 1})),
+    "ModernBERT": modernbert,
+    "Llama": llama,
+    "Qwen3": qwen3,
+    "GPT-OSS": gpt_oss,
+    "Gemma2": gemma2,
+}
+WINDOWS = ("ModernBERT", "Qwen3", "GPT-OSS", "Gemma2")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mask", [BOTH, LEFT], ids=["both", "left"])
+def test_padding_on_any_side(name, mask):
+    model = FAMILIES[name]()
+    assert_flattens(model, padded(model, mask))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gaps(name):
+    model = randomize(FAMILIES[name]())
+    inputs = padded(model, GAPS)
+    expected = outputs(model, inputs)
+    accel.patch(model, unpad=True)
+    if name in WINDOWS:
+        with pytest.raises(ValueError, match="padding stands between real tokens, where a sliding window"):
+            model(**inputs)
+        return
+    assert_same(outputs(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama", "Qwen3", "GPT-OSS"])
+def test_a_row_of_padding_alone(name):
+    model = randomize(FAMILIES[name]())
+    mask = RIGHT.clone()
+    mask[1] = 0
+    expected = outputs(model, padded(model, mask))
+    report = accel.patch(model, unpad=True)
+    assert_same(outputs(model, padded(model, mask)), expected)
+    model(IDS, attention_mask=torch.zeros_like(IDS))
+    assert report.rows[-1].fallbacks == {"no token is real": 1}
+
+
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa", "OPT", "Llama"])
+@pytest.mark.parametrize("positions", [False, True], ids=["own positions", "given positions"])
+def test_embeddings_in_place_of_ids(name, positions):
+    model = randomize(FAMILIES[name]())
+    embeds = torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(4))
+    inputs = {"inputs_embeds": embeds, "attention_mask": BOTH}
+    if positions:
+        inputs["position_ids"] = torch.arange(2, LENGTH + 2)[None]
+    expected = outputs(model, inputs)
+    accel.patch(model, unpad=True)
+    assert_same(outputs(model, inputs), expected)
+
+
+def test_each_kind_of_call_is_proven_once(monkeypatch):
+    model = randomize(bert())
+    report = accel.patch(model, unpad=True)
+    rows = []
+    forward = type(model.bert.encoder).forward
+    monkeypatch.setattr(
+        type(model.bert.encoder), "forward", lambda self, x, *a, **k: rows.append(len(x)) or forward(self, x, *a, **k)
+    )
+    kinds = torch.zeros_like(IDS)
+    kinds[:, 4:] = 1
+    for inputs in ({}, {}, {"token_type_ids": kinds}, {}, {"token_type_ids": kinds}):
+        rows.clear()
+        model(**text(RIGHT), **inputs)
+        assert rows[-1] == 1
+    assert len(model.bert.forward.proven) == 2
+    assert rows == [1], "a trial for each kind of call, and no more"
+    assert report.rows[-1].calls == 5
+
+
+# --- mixtures of experts ---
+
+
+def moe(name, **options):
+    model = getattr(transformers, f"{name}ForCausalLM")
+    return model(getattr(transformers, f"{name}Config")(**{**DECODER, **options}))
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MIXTURES = {
+    "Mixtral": lambda: moe("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "Qwen2-MoE": lambda: moe("Qwen2Moe", **EXPERTS, num_experts=4, shared_expert_intermediate_size=16),
+    "Qwen3-MoE": lambda: moe("Qwen3Moe", **EXPERTS, num_experts=4),
+    "OLMoE": lambda: moe("Olmoe", num_experts=4, num_experts_per_tok=2),
+    "PhiMoE": lambda: moe("Phimoe", num_local_experts=4, num_experts_per_tok=2, rope_parameters=ROPE),
+    "GPT-OSS": gpt_oss,
+    "GraniteMoE": lambda: moe("GraniteMoe", num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("mask", [RIGHT, BOTH], ids=["right", "both"])
+def test_the_auxiliary_loss_is_that_of_the_padded_model(name, mask):
+    model = randomize(MIXTURES[name]())
+    behind_padding = torch.nn.functional.pad(mask[:, :-1] == 0, (1, 0))  # what would predict these tokens is padding
+    labels = IDS.masked_fill((mask == 0) | behind_padding, -100)
+    inputs = {**padded(model, mask), "labels": labels, "output_router_logits": True}
+
+    def run():
+        model.zero_grad()
+        out = model(**inputs)
+        out.loss.backward()
+        return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, expected_gradients = run()
+    report = accel.patch(model, unpad=True)
+    found, found_gradients = run()
+    assert report.rows[-1].calls == 1
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(found_gradients, expected_gradients)
+    real = mask.bool().flatten()
+    for a, b in zip(found.router_logits, expected.router_logits, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=2e-5)
+        assert not a[~real].any()
+
+
+def test_outputs_are_asked_for_in_any_order():
+    model = randomize(MIXTURES["Mixtral"]())
+    expected = model(**text(RIGHT), output_router_logits=True, output_hidden_states=True)
+    accel.patch(model, unpad=True)
+    model(**text(RIGHT))
+    found = model(**text(RIGHT), output_router_logits=True, output_hidden_states=True)
+    assert [x.shape for x in found.router_logits] == [x.shape for x in expected.router_logits]
+    assert [x.shape for x in found.hidden_states] == [x.shape for x in expected.hidden_states]
+    model.config.output_router_logits = True
+    torch.testing.assert_close(model(**text(RIGHT)).aux_loss, expected.aux_loss)
+
+
+def test_a_mask_that_no_layer_reads_refuses_nothing():
+    """Qwen2-MoE always makes a mask of windows of no width; only its layers with windows would read it."""
+    model = MIXTURES["Qwen2-MoE"]()
+    assert_flattens(model, padded(model, GAPS))
+
+
+# --- what is refused ---
+
+
+def test_generation_needs_no_cache():
+    model = randomize(llama())
+    how = {"attention_mask": LEFT, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(IDS, **how)
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match="no (cache|use_cache|past_key_values); generate without a cache or"):
+        model.generate(IDS, **how)
+    assert torch.equal(model.generate(IDS, **how, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_not_filled_with_flattened_keys(name):
+    model = randomize(llama())
+    accel.patch(model, unpad=True)
+    cache = transformers.DynamicCache()
+    with pytest.raises(NotImplementedError, match=f"has no ({name}|cache)"):
+        model(**text(RIGHT), use_cache=False, **{name: cache})
+    assert cache.get_seq_length() == 0
+
+
+def test_positions_in_three_dimensions_are_refused_by_a_sentence():
+    model = randomize(llama())
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match=r"position_ids \(3, 3, 9\) is not laid out as the tokens"):
+        model(**text(RIGHT), position_ids=torch.zeros(3, BATCH, LENGTH, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_padding(kind):
+    rope = {"rope_type": kind, "rope_theta": 100.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 7}
+    model = randomize(llama(rope_parameters=rope, max_position_embeddings=7 if kind == "dynamic" else 28))
+    short, long = torch.ones_like(RIGHT), RIGHT
+    short[:, 8:] = 0
+    expected = outputs(model, text(long))
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match="from 7 on, and the batch is padded to 9 where .* ends at 8"):
+        model(**text(short))
+    assert_same(outputs(model, text(long)), expected)
+
+
+def test_a_model_that_raises_in_the_middle_is_refused():
+    model = randomize(llama())
+
+    class Refusing(nn.Embedding):
+        def forward(self, ids):
+            if len(ids) == 1:
+                raise ValueError("a batch of one is not for me")
+            return super().forward(ids)
+
+    model.model.embed_tokens.__class__ = Refusing
+    accel.patch(model, unpad=True)
+    sentence = "LlamaModel cannot run on flattened batches: flattened, a trial of 12 tokens raised ValueError: a batch"
+    with pytest.raises(NotImplementedError, match=sentence) as caught:
+        model(**text(RIGHT))
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_an_output_of_another_layout_is_refused():
+    model = randomize(llama())
+    forward = transformers.LlamaModel.forward
+
+    class Counting(transformers.LlamaModel):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            out = forward(self, input_ids, attention_mask, position_ids, **kwargs)
+            out["count"] = out.last_hidden_state.new_zeros(out.last_hidden_state.shape[0], 7)
+            return out
+
+    model.model.__class__ = Counting
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match=r"its count is \(3, 7\) padded and \(1, 7\) flattened"):
+        model(**text(RIGHT))
+
+
+def test_outputs_that_are_no_field_of_their_class():
+    model = randomize(llama().model)
+    forward = transformers.LlamaModel.forward
+
+    class Twice(transformers.LlamaModel):
+        def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+            out = forward(self, input_ids, attention_mask, position_ids, **kwargs)
+            out["twice"] = {"of": [2 * out.last_hidden_state, 1]}
+            return out
+
+    model.__class__ = Twice
+    expected = model(**text(BOTH))
+    accel.patch(model, unpad=True)
+    found = model(**text(BOTH))
+    assert_same([found["twice"]["of"][0][BOTH.bool()]], [expected["twice"]["of"][0][BOTH.bool()]])
+    assert found["twice"]["of"][1] == 1
+
+
+def test_a_projection_that_pools():
+    """ALBERT applies it to the first token itself."""
+    config = transformers.AlbertConfig(**TEXT, embedding_size=16)
+    model = randomize(transformers.AlbertForSequenceClassification(config))
+    expected = model(**padded(model, RIGHT)).logits
+    accel.patch(model, unpad=True)
+    assert_same([model(**padded(model, RIGHT)).logits], [expected])
+
+
+def test_a_pooler_of_more_than_the_first_token_is_refused():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean(1)
+
+    model = transformers.BertModel(transformers.BertConfig(**TEXT))
+    model.pooler = Mean()
+    randomize(model)
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match="the pooler reads more than a first token"):
+        model(**text(RIGHT))
+
+
+def test_tracing_is_refused():
+    model = randomize(llama())
+    accel.patch(model, unpad=True)
+    with pytest.raises(NotImplementedError, match=r"not known to torch\.compile and torch\.jit"):
+        torch.jit.trace(lambda ids, mask: model(ids, attention_mask=mask, use_cache=False).logits, (IDS, RIGHT))
+
+
+# --- trying a model leaves no trace ---
+
+
+def state(model):
+    buffers = {n: (b, b._version, b.clone()) for n, b in model.named_buffers()}
+    flags = {n: {k: v for k, v in vars(m).items() if isinstance(v, int | str)} for n, m in model.named_modules()}
+    return buffers, flags
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_trial_leaves_no_trace(training):
+    model = randomize(llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0})).train(training)
+    model.model.norm.eval()
+    rope = model.model.rotary_emb
+    rope.original_max_seq_len, rope.max_seq_len_cached = 20, 40  # what a long call before has left behind
+    report = accel.patch(model, unpad=True)
+    buffers, flags = state(model)
+    seen = []
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_hook(lambda m, args, out: seen.append(type(m).__name__))
+            module.register_forward_pre_hook(lambda m, args: seen.append(type(m).__name__))
+    unpadding = model.model.forward
+    drawn = torch.get_rng_state()
+    unpadding._proof(text(RIGHT), RIGHT.bool())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert not seen
+    after, flags_after = state(model)
+    assert flags_after == flags
+    assert all(after[n][0] is b and after[n][1] == v and torch.equal(after[n][2], x) for n, (b, v, x) in buffers.items())
+    assert [row.calls for row in report.rows] == [0] * 3
+    assert all(row.backend is None and not row.fallbacks for row in report.rows)
+    assert all(p.grad is None for p in model.parameters())
+    assert len(unpadding.proven) == 1
+
+
+def test_hooks_run_if_the_model_needs_them():
+    model = randomize(llama())
+
+    def cast(module, args):
+        return (args[0].double(),)
+
+    def back(module, args, out):
+        return out.float()
+
+    q = model.model.layers[0].self_attn.q_proj.double()
+    q.register_forward_pre_hook(cast)
+    q.register_forward_hook(back)
+    expected = outputs(model, text(RIGHT))
+    accel.patch(model, unpad=True)
+    assert_same(outputs(model, text(RIGHT)), expected)
+
+
+def test_captured_outputs_are_collected_once():
+    """transformers installs the hooks that collect them at the first call that asks."""
+    model = randomize(MIXTURES["Mixtral"]())
+    accel.patch(model, unpad=True)
+    for _ in range(2):
+        out = model(**text(RIGHT), output_router_logits=True, output_hidden_states=True)
+        assert (len(out.router_logits), len(out.hidden_states)) == (2, 3)
+
+
+def test_a_trial_draws_no_random_numbers_from_a_training_run():
+    model = randomize(llama(attention_dropout=0.3)).train()
+    report = accel.patch(model, unpad=True)
+    model.model.forward._proof(text(RIGHT), RIGHT.bool())
+    torch.manual_seed(0)
+    expected = model(**text(RIGHT)).logits
+    accel.unpatch(model)
+    report = accel.patch(model, unpad=True)
+    torch.manual_seed(0)
+    assert torch.equal(model(**text(RIGHT)).logits, expected)
+    assert report.rows[-1].calls == 1
+    assert model.training
+    assert model.model.layers[0].training
+
+
+# --- what wraps a model ---
+
+
+class Adapted(nn.Module):
+    """As PEFT wraps a model: what it lacks is looked up in the model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+class Outer(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = Adapted(model)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+def test_a_wrapped_model_is_found():
+    model = Outer(randomize(llama()))
+    expected = outputs(model, text(BOTH))
+    report = accel.patch(model, unpad=True)
+    assert report.rows[-1].name == "base_model.model.model"
+    assert_same(outputs(model, text(BOTH)), expected)
