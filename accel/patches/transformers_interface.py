@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -275,7 +275,7 @@ def _rule(
 class _Refused(MaskRule):
     """What has no packed form. Models also make masks that none of their layers reads, so reading it is the error."""
 
-    error: Exception = NotImplementedError()
+    error: Exception = field(kw_only=True)
 
     @staticmethod
     def of(rule: MaskRule, error: Exception) -> _Refused:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accel.patches import transformers_flat
 from accel.patches.stand import stands_in
 
 LENGTHS = (3, 4, 5)
@@ -149,7 +148,9 @@ def _replace(stack: ExitStack, module: nn.Module, name: str, value: Any) -> None
 
 
 def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str) or (isinstance(value, Tensor) and not value.dim())
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _put_back(module: nn.Module, before: dict[str, Any]) -> None:

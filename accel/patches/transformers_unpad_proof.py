@@ -61,11 +61,11 @@ def prove(module: nn.Module, given: dict[str, Any], real: Tensor) -> Proven:
     with _one_at_a_time:
         try:
             return _prove(module, trial, hooks=False)
-        except _DidNotRun:
+        except _TrialError:
             pass
         try:
             return _prove(module, trial, hooks=True)  # perhaps it needs them to run
-        except _DidNotRun as error:
+        except _TrialError as error:
             raise NotImplementedError(f"{_cannot(module)}: {error}") from error.__cause__
 
 
@@ -100,7 +100,7 @@ def _prove(module: nn.Module, trial: Trial, hooks: bool) -> Proven:
 # --- the runs ---
 
 
-class _DidNotRun(Exception):
+class _TrialError(Exception):
     pass
 
 
@@ -114,7 +114,7 @@ def _run(how: str, function: Callable[[], Any]) -> Any:
     except (NotImplementedError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise _DidNotRun(f"{how}, a trial of {TOTAL} tokens raised {type(error).__name__}: {error}") from error
+        raise _TrialError(f"{how}, a trial of {TOTAL} tokens raised {type(error).__name__}: {error}") from error
 
 
 def _run_padded(module: nn.Module, given: dict[str, Any]) -> Any:

@@ -292,7 +292,7 @@ def test_generation_needs_no_cache():
     how = {"attention_mask": LEFT, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     expected = model.generate(IDS, **how)
     accel.patch(model, unpad=True)
-    with pytest.raises(NotImplementedError, match="no (cache|use_cache|past_key_values); generate without a cache or"):
+    with pytest.raises(NotImplementedError, match=r"no (cache|use_cache|past_key_values); generate without a cache or"):
         model.generate(IDS, **how)
     assert torch.equal(model.generate(IDS, **how, use_cache=False), expected)
 
@@ -324,7 +324,7 @@ def test_frequencies_that_depend_on_padding(kind):
     short[:, 8:] = 0
     expected = outputs(model, text(long))
     accel.patch(model, unpad=True)
-    with pytest.raises(NotImplementedError, match="from 7 on, and the batch is padded to 9 where .* ends at 8"):
+    with pytest.raises(NotImplementedError, match=r"from 7 on, and the batch is padded to 9 where .* ends at 8"):
         model(**text(short))
     assert_same(outputs(model, text(long)), expected)
 
@@ -420,7 +420,8 @@ def state(model):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_trial_leaves_no_trace(training):
-    model = randomize(llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0})).train(training)
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    model = randomize(llama(rope_parameters=rope)).train(training)
     model.model.norm.eval()
     rope = model.model.rotary_emb
     rope.original_max_seq_len, rope.max_seq_len_cached = 20, 40  # what a long call before has left behind
@@ -438,7 +439,10 @@ def test_a_trial_leaves_no_trace(training):
     assert not seen
     after, flags_after = state(model)
     assert flags_after == flags
-    assert all(after[n][0] is b and after[n][1] == v and torch.equal(after[n][2], x) for n, (b, v, x) in buffers.items())
+    for name, (buffer, version, value) in buffers.items():
+        assert after[name][0] is buffer
+        assert after[name][1] == version
+        assert torch.equal(buffer, value)
     assert [row.calls for row in report.rows] == [0] * 3
     assert all(row.backend is None and not row.fallbacks for row in report.rows)
     assert all(p.grad is None for p in model.parameters())
