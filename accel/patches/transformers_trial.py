@@ -124,7 +124,7 @@ def unnoticed(module: nn.Module, device: torch.device, hooks: bool) -> Iterator[
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         if torch.is_autocast_enabled(device.type):
-            # a weight that is cast here, without a gradient, would be found in the cache by the call itself
+            # no weight that is cast here, without a gradient, may lie in the cache that the call itself reads
             dtype = torch.get_autocast_dtype(device.type)
             stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
         for each in modules:

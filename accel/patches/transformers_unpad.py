@@ -8,6 +8,7 @@ before anything else sees them. Whether anything but attention mixes tokens is t
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,19 +33,13 @@ def base_of(model: nn.Module) -> tuple[str, nn.Module]:
     while isinstance(base, nn.Module) and not hasattr(type(base), "get_input_embeddings"):
         inner = getattr(base, "base_model", None)  # of what wraps a model to adapt it
         base = None if inner is base else inner
-    while isinstance(base, nn.Module) and _only_wraps(base):
-        base = next(base.children())  # OPT's heads call its decoder themselves
+    inside = dict(base.named_children()) if isinstance(base, nn.Module) else {}
+    if list(inside) == ["decoder"] and not _missing(inside["decoder"]):
+        base = inside["decoder"]  # the heads of OPT call it themselves
     reason = _why_not(base) if isinstance(base, nn.Module) else "it is no model of transformers"
     if reason is not None or not isinstance(base, nn.Module):
         raise NotImplementedError(f"{type(model).__name__} cannot run on flattened batches: {reason}")
     return next((name, module) for name, module in model.named_modules() if module is base)
-
-
-def _only_wraps(base: nn.Module) -> bool:
-    """Whether the module has nothing but another that takes the same tokens."""
-    children = list(base.children())
-    alone = len(children) == 1 and not _missing(children[0]) and not any(True for _ in base.parameters(recurse=False))
-    return alone and hasattr(type(children[0]), "get_input_embeddings")
 
 
 def _missing(module: nn.Module) -> list[str]:
@@ -64,12 +59,21 @@ def _why_not(base: nn.Module) -> str | None:
     other = set(getattr(config, "layer_types", None) or ()) - _ROWS
     if other:
         return f"it has layers of the kinds {', '.join(sorted(other))}"
-    for name, module in base.named_modules():
+    for name, module in _reached_by_text(base):
         if isinstance(module, _MIXERS):
             return f"{name} is a {type(module).__name__}, which would mix sequences"
     if not any(transformers_switch.goes_through_the_registry(m) for m in base.modules()):
         return "its attention does not go through transformers' registry"
     return None
+
+
+def _reached_by_text(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules in this one, with names, but for models of pictures or sound, whose inputs are no tokens."""
+    for name, child in module.named_children():
+        a_model = hasattr(type(child), "get_input_embeddings")
+        if not a_model or inspect.signature(type(child).forward).parameters.keys() & {*transformers_flat.TOKENS}:
+            yield prefix + name, child
+            yield from _reached_by_text(child, f"{prefix}{name}.")
 
 
 class Unpadding(Stand):

@@ -12,6 +12,7 @@ from _transformers_models import (
     DECODER,
     GAPS,
     IDS,
+    IMAGE,
     LEFT,
     LENGTH,
     RIGHT,
@@ -155,10 +156,9 @@ WINDOWS = ("ModernBERT", "Qwen3", "GPT-OSS", "Gemma2")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("mask", [BOTH, LEFT], ids=["both", "left"])
-def test_padding_on_any_side(name, mask):
+def test_padding_on_both_sides(name):
     model = FAMILIES[name]()
-    assert_flattens(model, padded(model, mask))
+    assert_flattens(model, padded(model, BOTH))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -525,3 +525,31 @@ def test_a_wrapped_model_is_found():
     report = accel.patch(model, unpad=True)
     assert report.rows[-1].name == "base_model.model.model"
     assert_same(outputs(model, text(BOTH)), expected)
+
+
+# --- models of text beside pictures ---
+
+
+def llava():
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**DECODER), vision_config=transformers.CLIPVisionConfig(**IMAGE)
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def test_text_alone_in_a_model_of_pictures():
+    """The convolutions of its vision tower mix no tokens; a call with pictures is refused."""
+    model = randomize(llava())
+    inputs = {"input_ids": IDS, "attention_mask": BOTH}
+    expected = outputs(model, inputs)
+    report = accel.patch(model, unpad=True)
+    assert_same(outputs(model, inputs), expected)
+    assert report.rows[-1].calls == 1
+    with pytest.raises(NotImplementedError, match=r"pixel_values \(2, 3, 16, 16\) is not laid out as the tokens"):
+        model(**inputs, pixel_values=torch.zeros(2, 3, 16, 16))
+
+
+def test_a_convolution_over_text_is_refused_at_once():
+    config = transformers.ConvBertConfig(**TEXT, embedding_size=16, head_ratio=2, conv_kernel_size=3)
+    with pytest.raises(NotImplementedError, match=r"depthwise is a Conv1d, which would mix sequences"):
+        accel.patch(transformers.ConvBertModel(config), unpad=True, allow_none=True)
