@@ -184,7 +184,7 @@ def run(module: nn.Module, given: dict[str, Any], real: Tensor, way: str) -> Fla
     flat |= {"position_ids": _flattened(padded, indices), "attention_mask": None}
     flat |= {"use_cache": False, "return_dict": True}
     _check_largest(module, padded, flat["position_ids"])
-    packed = transformers_interface.Packing(cu_seqlens, indices.numel(), _has_gaps(real))
+    packed = transformers_interface.Packing(cu_seqlens, indices.numel(), type(module).__name__, _has_gaps(real))
     before = _attended(module)
     with transformers_interface.packed(packed):
         out = type(module).forward(module, **flat)

@@ -176,6 +176,8 @@ class Packing:
 
     cu_seqlens: Tensor
     total: int
+    model: str
+    """The name of its class, for what is said."""
     gaps: bool
     """Whether padding stood between real tokens, where distances are no longer those of the padded batch."""
     masks: int = 0
@@ -291,16 +293,17 @@ class _Refused(MaskRule):
 def _packed_mask(packing: Packing, queries: int, keys: int, mask_function: Any, device: Any) -> Tensor:
     if (queries, keys) != (packing.total, packing.total):
         raise NotImplementedError(
-            f"a flattened batch of {packing.total} tokens meets an attention of {queries} queries and {keys} keys"
+            f"a flattened batch of {packing.total} tokens meets an attention of {queries} queries and {keys} keys in "
+            f"{packing.model}"
         )
     packing.masks += 1
     seen = read_mask_function(mask_function)
     rule = MaskRule(1, queries, keys, torch.device(device), cu_seqlens=packing.cu_seqlens)
     if seen is None:
         reason = "masks by more than causal order, a sliding window and padding, which has no packed form here"
-        return LazyMask(_Refused.of(rule, NotImplementedError(f"this model {reason}")))
+        return LazyMask(_Refused.of(rule, NotImplementedError(f"{packing.model} {reason}")))
     rule = replace(rule, causal=seen.causal, window=seen.window)
     if packing.gaps and seen.window is not None:
-        reason = "padding stands between real tokens, where a sliding window counts distances over it"
+        reason = f"padding stands between real tokens, where a sliding window of {packing.model} counts over it"
         return LazyMask(_Refused.of(rule, ValueError(reason)))
     return LazyMask(rule)

@@ -33,13 +33,20 @@ def base_of(model: nn.Module) -> tuple[str, nn.Module]:
     while isinstance(base, nn.Module) and not hasattr(type(base), "get_input_embeddings"):
         inner = getattr(base, "base_model", None)  # of what wraps a model to adapt it
         base = None if inner is base else inner
-    inside = dict(base.named_children()) if isinstance(base, nn.Module) else {}
-    if list(inside) == ["decoder"] and not _missing(inside["decoder"]):
-        base = inside["decoder"]  # the heads of OPT call it themselves
+    if isinstance(base, nn.Module):
+        base = _without_head(base)
     reason = _why_not(base) if isinstance(base, nn.Module) else "it is no model of transformers"
     if reason is not None or not isinstance(base, nn.Module):
         raise NotImplementedError(f"{type(model).__name__} cannot run on flattened batches: {reason}")
     return next((name, module) for name, module in model.named_modules() if module is base)
+
+
+def _without_head(base: nn.Module) -> nn.Module:
+    """What computes hidden states in a model that calls itself its base, or whose heads call a part of it."""
+    inside = {name: m for name, m in base.named_children() if hasattr(type(m), "get_input_embeddings")}
+    headed = "labels" in inspect.signature(type(base).forward).parameters
+    found = [m for name, m in inside.items() if not _missing(m) and (headed or name == "decoder")]  # OPT's decoder
+    return found[0] if len(found) == len(inside) == 1 else base
 
 
 def _missing(module: nn.Module) -> list[str]:

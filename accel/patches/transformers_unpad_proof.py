@@ -108,22 +108,24 @@ def _cannot(module: nn.Module) -> str:
     return f"{type(module).__name__} cannot run on flattened batches"
 
 
-def _run(how: str, function: Callable[[], Any]) -> Any:
+def _run(module: nn.Module, how: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except (NotImplementedError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if isinstance(error, NotImplementedError) and type(module).__name__ in str(error):
+            raise  # a sentence about this model
         raise _TrialError(f"{how}, a trial of {TOTAL} tokens raised {type(error).__name__}: {error}") from error
 
 
 def _run_padded(module: nn.Module, given: dict[str, Any]) -> Any:
     how = {**given, "use_cache": False, "return_dict": True}
-    return _run("padded", lambda: type(module).forward(module, **how))
+    return _run(module, "padded", lambda: type(module).forward(module, **how))
 
 
 def _run_flat(module: nn.Module, given: dict[str, Any], real: Tensor, way: str) -> Flat:
-    out: Flat = _run("flattened", lambda: transformers_flat.run(module, given, real, way))
+    out: Flat = _run(module, "flattened", lambda: transformers_flat.run(module, given, real, way))
     return out
 
 
@@ -174,7 +176,9 @@ def _pooled(module: nn.Module, padded: Any, found: _Found, real: Tensor) -> _Dif
     """The pooler over hidden states that are 0 at padding, for the sequence that begins in the first column."""
     if POOLED not in found.layout.values():
         return _Difference(0.0, (), 0)
-    out = _run("flattened", lambda: transformers_flat.padded_again(module, found.flat, found.layout, *real.shape))
+    out = _run(
+        module, "flattened", lambda: transformers_flat.padded_again(module, found.flat, found.layout, *real.shape)
+    )
     expected, pooled = padded["pooler_output"][:1], out["pooler_output"][:1]
     path = ("pooler_output",)
     if pooled.shape != expected.shape:

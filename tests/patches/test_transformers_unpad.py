@@ -553,3 +553,27 @@ def test_a_convolution_over_text_is_refused_at_once():
     config = transformers.ConvBertConfig(**TEXT, embedding_size=16, head_ratio=2, conv_kernel_size=3)
     with pytest.raises(NotImplementedError, match=r"depthwise is a Conv1d, which would mix sequences"):
         accel.patch(transformers.ConvBertModel(config), unpad=True, allow_none=True)
+
+
+def test_masks_without_a_packed_form_are_refused_with_the_name_of_the_model():
+    config = transformers.Llama4TextConfig(
+        **DECODER, num_local_experts=2, intermediate_size_mlp=48, layer_types=["full_attention"] * 2
+    )
+    model = randomize(transformers.Llama4ForCausalLM(config))
+    accel.patch(model, unpad=True)
+    model.model.config.layer_types[0] = "chunked_attention"
+    with pytest.raises(NotImplementedError, match="Llama4TextModel masks by more than causal order, a sliding window"):
+        model(**text(RIGHT))
+
+
+def test_the_loss_of_a_head_is_that_of_the_padded_batch():
+    """Llama 4's calls itself its base; flattened, its labels would be shifted over the ends of sequences."""
+    config = transformers.Llama4TextConfig(
+        **DECODER, num_local_experts=2, intermediate_size_mlp=48, layer_types=["full_attention"] * 2
+    )
+    model = randomize(transformers.Llama4ForCausalLM(config))
+    inputs = {**text(RIGHT), "labels": IDS.masked_fill(RIGHT == 0, -100)}
+    expected = model(**inputs).loss
+    report = accel.patch(model, unpad=True)
+    torch.testing.assert_close(model(**inputs).loss, expected)
+    assert (report.rows[-1].name, report.rows[-1].calls) == ("model", 1)
