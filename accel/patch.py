@@ -61,7 +61,8 @@ def patch(
             of a transformers encoder or decoder-only model, and put it back behind the last one: hidden states there
             are 0 where the mask is 0, and all that reads them (heads, losses) sees the padded batch. The first call of
             a kind tries the model on a few tokens and raises ``NotImplementedError`` where anything but attention mixes
-            them. Calls that cannot be flattened, with a cache for instance, raise too.
+            them. Calls that cannot be flattened, with a cache for instance, raise too. Padding on the left predicts the
+            first token of its row, from 0 here and from what the model makes of padding otherwise: give it no label.
 
     Returns:
         A report; ``print`` it, before or after the model ran. ``with accel.patch(model) as report:`` undoes the
