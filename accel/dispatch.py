@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from accel import transforms
+
 log = logging.getLogger("accel")
 
 
@@ -71,6 +73,7 @@ class _Settings:
 
     backend: str | None = None
     strict: bool = False
+    deterministic: bool = False
 
 
 _settings = _Settings()
@@ -78,9 +81,14 @@ _said: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
-def use(*, backend: str | None = None, strict: bool | None = None) -> Iterator[None]:
-    """Within the block, prefer ``backend`` for every op that has one by that name, and with ``strict=True`` turn a
-    fallback to a slower backend into an error. Blocks nest; what is not named is inherited.
+def use(*, backend: str | None = None, strict: bool | None = None, deterministic: bool | None = None) -> Iterator[None]:
+    """Within the block, prefer ``backend`` for every op that has one by that name, with ``strict=True`` turn a fallback
+    to a slower backend into an error, and with ``deterministic=True`` take no kernel whose sums have no fixed order.
+    Blocks nest; what is not named is inherited.
+
+    Kernels of ours give the same bits for the same input, device and version whatever is asked for. Where torch has a
+    faster one that does not, it is taken unless determinism is asked for here or by
+    ``torch.use_deterministic_algorithms(True)``, which ``deterministic=False`` does not overrule.
 
     The setting holds for the whole process, like ``torch.set_num_threads``; enter it before threads are started.
 
@@ -90,15 +98,29 @@ def use(*, backend: str | None = None, strict: bool | None = None) -> Iterator[N
     known = {b.name for op in OPS.values() for b in op.backends}
     if backend is not None and backend not in known:
         raise ValueError(f"no op has a backend {backend!r}; known: {', '.join(sorted(known))}")
-    before = (_settings.backend, _settings.strict)
+    before = (_settings.backend, _settings.strict, _settings.deterministic)
     if backend is not None:
         _settings.backend = backend
     if strict is not None:
         _settings.strict = strict
+    if deterministic is not None:
+        _settings.deterministic = deterministic
     try:
         yield
     finally:
-        _settings.backend, _settings.strict = before
+        _settings.backend, _settings.strict, _settings.deterministic = before
+
+
+def deterministic() -> bool:
+    """Whether the same input must give the same bits, by :func:`use` or by torch's own switch."""
+    return _settings.deterministic or torch.are_deterministic_algorithms_enabled()
+
+
+def _why_not(candidate: Backend, args: Any) -> str | None:
+    """The backend's own reason, or that torch batches derivatives of plain torch alone, which the reference is."""
+    if candidate.name != "reference" and transforms.batched_derivative():
+        return "vmap has no rule for derivatives of kernels; backend='reference' has, and runs where none is asked for"
+    return candidate.why_not(args)
 
 
 def select(op: Op, args: Any, backend: str | None = None) -> Backend:
@@ -114,14 +136,14 @@ def select(op: Op, args: Any, backend: str | None = None) -> Backend:
                 backend = candidate.name
     if backend is not None:
         asked = op.backend(backend)
-        reason = asked.why_not(args)
+        reason = _why_not(asked, args)
         if reason is not None:
             raise NotImplementedError(f"{op.name}: backend {backend!r} cannot run this call: {reason}")
         return asked
     device = args[0].device.type
     refused: list[str] = []
     for candidate in op.backends:
-        reason = candidate.why_not(args)
+        reason = _why_not(candidate, args)
         if reason is None:
             if refused:
                 _report_fallback(op, candidate, refused)
@@ -147,7 +169,7 @@ def _say_once(name: str, text: str) -> None:
 
 def reasons(op: Op, args: Any) -> dict[str, str | None]:
     """Every backend of the op with why it cannot run ``args``, ``None`` where it can."""
-    return {b.name: b.why_not(args) for b in op.backends}
+    return {b.name: _why_not(b, args) for b in op.backends}
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from accel import dispatch
+from accel import dispatch, transforms
 
 A = TypeVar("A", bound=tuple[Any, ...])
 """The ``Args`` of an op."""
@@ -114,7 +114,7 @@ def differentiable(
         fake_gradients,
         lambda *given: backward_flops(*read(given)),
     )
-    recorded = _autograd(args, layout, forward_op, backward_op, gradients, always, lay_out)
+    recorded = _autograd(args, reference, layout, forward_op, backward_op, gradients, always, lay_out)
     required = [i for i, kind in enumerate(layout.kinds) if kind == "Tensor"]
 
     def run(given: A, backend: str | None = None) -> Any:
@@ -231,6 +231,7 @@ _library = torch.library.Library("accel", "FRAGMENT")
 
 def _autograd(
     args: Callable[..., A],
+    reference: Callable[..., Any],
     layout: _Layout,
     forward_op: Any,
     backward_op: Any,
@@ -266,6 +267,10 @@ def _autograd(
             fields: list[Any] = [None] * tensors
             for i, x in zip(kept, saved[kept_outputs:], strict=True):
                 fields[i] = x
+            if transforms.batched():  # under jacrev, say, which runs the forward without
+                for i, size in zip(sized, ctx.sizes, strict=True):  # of which no gradient depends on the values
+                    fields[i] = grads[0].new_zeros(size)
+                return _through(reference, [*fields, *rest], grads[:upstream], needed)
             given = args(*fields, *rest)
             laid_out = [None if g is None else lay_out(g, given) for g in grads[:upstream]]
             needs = [list(needed[always:gradients])] if asks else []
@@ -275,6 +280,24 @@ def _autograd(
             return *made, *([None] * (len(needed) - gradients))
 
     return Recorded
+
+
+def _through(
+    reference: Callable[..., Any], fields: Sequence[Any], grads: Sequence[Tensor | None], needed: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """The gradients by plain torch, which ``torch.func`` batches, and differentiates again."""
+    wanted = [i for i, needs in enumerate(needed) if needs]
+
+    def outputs(*values: Tensor) -> tuple[Tensor, ...]:
+        given = dict(enumerate(fields)) | dict(zip(wanted, values, strict=True))
+        with without_autocast(given[0]):
+            found = reference(*given.values())
+        return (found,) if isinstance(found, Tensor) else tuple(found[: len(grads)])
+
+    made, pull, *_ = torch.func.vjp(outputs, *[fields[i] for i in wanted])
+    found = pull(tuple([torch.zeros_like(x) if g is None else g for x, g in zip(made, grads, strict=True)]))
+    gradients = dict(zip(wanted, found, strict=True))
+    return tuple([gradients.get(i) for i in range(len(needed))])
 
 
 def _in_dtype_of(x: Tensor | None, grad: Tensor) -> Tensor:

@@ -12,17 +12,27 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from accel import transforms
+
 T = TypeVar("T")
 
 
-def may_remember(*tensors: Tensor) -> bool:
-    """Whether what follows from these tensors' values or shapes may outlive the call: they are plain tensors, whose
-    changes are counted, outside of tracing and of the capture of a CUDA graph."""
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which no value can be read and tensors made now belong to it."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether they are tensors whose changes are counted, outside of tracing."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    if any([type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors]):
-        return False
-    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not any([type(x) not in (Tensor, torch.nn.Parameter) or x.is_inference() for x in tensors])
+
+
+def may_remember(*tensors: Tensor) -> bool:
+    """Whether what follows from these tensors' values or shapes may outlive the call: they are plain, and what is made
+    now belongs to no CUDA graph and no transform."""
+    return _is_plain(*tensors) and not capturing(tensors[0]) and not transforms.transformed()
 
 
 class Recent(OrderedDict[Any, Tensor]):
@@ -52,16 +62,31 @@ class Facts(Generic[T]):
     def __init__(self) -> None:
         self._known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
+    def known(self, tensors: tuple[Tensor, ...], key: Any = None) -> T | None:
+        """What was read from these tensors as they are, None where nothing was. Nothing is made."""
+        return self._find(tensors, key) if _is_plain(*tensors) else None
+
     def get_or_read(self, tensors: tuple[Tensor, ...], key: Any, read: Callable[[], T]) -> T:
         """``read()``, remembered with the first of ``tensors`` for the same others, versions and ``key``."""
         first, *others = tensors
-        if not may_remember(*tensors):
-            return read()
-        versions = tuple([x._version for x in tensors])
-        known = self._known.get(first)
-        same = known is not None and (known.versions, known.key) == (versions, key)
-        if not same or any([kept() is not x for kept, x in zip(known.others, others, strict=True)]):
-            known = _Known(versions, tuple([weakref.ref(x) for x in others]), key, read())
-            self._known[first] = known
-        fact: T = known.fact
+        plain = _is_plain(*tensors) and not capturing(first)
+        fact = self._find(tensors, key) if plain else None
+        if fact is None:
+            fact = read()
+            if plain and not transforms.transformed():
+                self._known[first] = _Known(_versions(tensors), tuple([weakref.ref(x) for x in others]), key, fact)
         return fact
+
+    def _find(self, tensors: tuple[Tensor, ...], key: Any) -> T | None:
+        first, *others = tensors
+        found = self._known.get(first)
+        if found is None or (found.versions, found.key) != (_versions(tensors), key):
+            return None
+        if any([kept() is not x for kept, x in zip(found.others, others, strict=True)]):
+            return None
+        fact: T = found.fact
+        return fact
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    return tuple([x._version for x in tensors])

@@ -101,6 +101,40 @@ def test_use_nests_and_is_undone_by_an_error():
     assert not dispatch._settings.strict
 
 
+def test_determinism_is_asked_for_here_or_of_torch():
+    assert not dispatch.deterministic()
+    with accel.use(deterministic=True):
+        assert dispatch.deterministic()
+        with accel.use(strict=True):
+            assert dispatch.deterministic(), "what is not named is inherited"
+            with accel.use(deterministic=False):
+                assert not dispatch.deterministic()
+            assert dispatch.deterministic()
+    assert not dispatch.deterministic()
+    with pytest.raises(ZeroDivisionError), accel.use(deterministic=True):
+        raise ZeroDivisionError
+    assert not dispatch.deterministic()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with accel.use(deterministic=False):
+            assert dispatch.deterministic(), "torch's own switch is not overruled"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("how", ["use", "torch"])
+def test_compiled_code_heeds_determinism(how):
+    compiled = torch.compile(lambda x: x + int(dispatch.deterministic()), backend="eager", fullgraph=True)
+    for asked in (False, True, False):
+        if how == "torch":
+            torch.use_deterministic_algorithms(asked)
+        try:
+            with accel.use(deterministic=asked if how == "use" else None):
+                assert compiled(torch.zeros(1)).item() == int(asked)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 def test_use_of_an_unknown_backend():
     with pytest.raises(ValueError, match="no op has a backend 'gpu'; known: cpu, "), accel.use(backend="gpu"):
         pass

@@ -1,0 +1,130 @@
+"""``torch.func`` on every op: batched derivatives go through plain torch, in any order, or are refused by us."""
+
+import functools
+import logging
+
+import pytest
+import torch
+from torch.func import grad, hessian, jacfwd, jacrev, vmap
+
+import accel
+from accel import dispatch
+from accel.ops.attention import arguments
+from accel.testing import assert_close
+
+OPS = pytest.mark.parametrize("op", dispatch.OPS.values(), ids=lambda op: op.name)
+
+
+def noise(like, seed):
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.dtype) / 4
+
+
+def call_of(op, dtype=torch.float32):
+    """The op as a function of its first tensor, such a tensor, and weights that make a number of the output."""
+    (first, *rest), kwargs = op.example("cpu", dtype)
+    if op.name == "softmax_attention":
+        first = first[:, :, :7, :8]
+        rest, kwargs = [noise(first, seed) for seed in (1, 2)], {"causal": True, "sinks": torch.ones(1)}
+
+    def call(x, backend=None):
+        return op.function(x, *rest, **kwargs, backend=backend)
+
+    return call, noise(first, 3), noise(call(first), 4)
+
+
+def one_by_one(call, weights, xs):
+    """Gradients without any transform."""
+    leaves = [x.clone().requires_grad_() for x in xs]
+    return torch.stack([torch.autograd.grad((call(x) * weights).sum(), x)[0] for x in leaves])
+
+
+@OPS
+def test_gradients_of_each_element_of_a_batch(op):
+    call, x, weights = call_of(op)
+    xs = torch.stack([x, x.flip(-1), -x])
+    got = vmap(grad(lambda x: (call(x) * weights).sum()))(xs)
+    assert_close(got, one_by_one(call, weights, xs).double(), "softmax_few_grad", torch.float32)
+    around = grad(lambda xs: (vmap(call)(xs) * weights).sum())(xs)
+    assert_close(around, got.double(), "softmax_few_grad", torch.float32)
+    leaf = xs.clone().requires_grad_()
+    (vmap(call)(leaf) * weights).sum().backward()
+    assert_close(leaf.grad, got.double(), "softmax_few_grad", torch.float32)
+
+
+@OPS
+def test_a_jacobian_from_either_side(op):
+    call, x, weights = call_of(op)
+
+    def three(x):
+        return torch.stack([part.sum() for part in (call(x) * weights).flatten().tensor_split(3)])
+
+    leaf = x.clone().requires_grad_()
+    rows = [torch.autograd.grad(number, leaf, retain_graph=True)[0] for number in three(leaf)]
+    assert_close(jacrev(three)(x), torch.stack(rows).double(), "softmax_few_grad", torch.float32)
+    small = jacfwd(lambda t: three(x * t))(torch.ones(()))  # along x alone
+    assert_close(small, (torch.stack(rows) * x).flatten(1).sum(1).double(), "softmax_few_grad", torch.float32)
+
+
+@OPS
+def test_second_derivatives(op):
+    """Of a number along the first tensor, against plain torch in float64."""
+    call, x, weights = call_of(op)
+    wide = call_of(op, torch.float64)[0]
+
+    def along(t, call=call, x=x, weights=weights, **how):
+        return (call(x * t, **how) * weights).square().sum()
+
+    t = torch.ones((), dtype=torch.float64, requires_grad=True)
+    number = along(t, wide, x.double(), weights.double(), backend="reference")
+    (first,) = torch.autograd.grad(number, t, create_graph=True)
+    (expected,) = torch.autograd.grad(first, t)
+    for second in (hessian, lambda f: jacrev(jacrev(f)), lambda f: grad(lambda t: jacrev(f)(t).sum())):
+        torch.testing.assert_close(second(along)(torch.ones(())), expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@OPS
+def test_a_kernel_asked_for_by_name_says_what_to_do(op):
+    call, x, _ = call_of(op)
+    if dispatch.leaf_reason("accel._C") is not None:
+        pytest.skip("no kernels for the CPU are built here")
+    words = f"{op.name}: backend 'cpu' cannot run this call: vmap has no rule .*backend='reference' has"
+    for mapped in (vmap(functools.partial(call, backend="cpu")), vmap(grad(lambda x: call(x, "cpu").sum()))):
+        with pytest.raises(NotImplementedError, match=words):
+            mapped(x[None])
+    with accel.use(backend="cpu"), pytest.raises(NotImplementedError, match=words):
+        vmap(call)(x[None])
+    with accel.use(backend="reference"):
+        assert vmap(call)(x[None]).shape == (1, *call(x).shape)
+
+
+def test_the_fallback_is_said_and_strict_mode_forbids_it(caplog, monkeypatch):
+    call, x, _ = call_of(dispatch.OPS["window_attention"])
+    if dispatch.leaf_reason("accel._C") is not None:
+        pytest.skip("no kernels for the CPU are built here")
+    monkeypatch.setattr(dispatch, "_said", set())
+    with caplog.at_level(logging.WARNING, "accel"):
+        vmap(call)(x[None])
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("window_attention runs on the slower backend 'reference' because cpu: vmap has no rule")
+    with accel.use(strict=True), pytest.raises(NotImplementedError, match="strict mode"):
+        vmap(call)(x[None])
+
+
+def test_nothing_made_inside_a_transform_outlives_it(monkeypatch):
+    """Rows of rules and facts of an index are remembered from call to call; a transform's tensors are not."""
+    monkeypatch.setattr(arguments, "_recent", type(arguments._recent)())
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    index = torch.randint(5, (9, 9))
+    table = torch.randn(5, 2)
+
+    def call(q, **how):
+        return accel.softmax_attention(q, k, v, **how, causal=True).square().sum()
+
+    for how in ({}, {"bias_table": table, "bias_index": index}):
+        inside = grad(functools.partial(call, **how))(q)
+        assert not arguments._recent
+        assert arguments._index_facts.known((index,)) is None
+        leaf = q.clone().requires_grad_()
+        call(leaf, **how).backward()
+        assert torch.equal(leaf.grad, inside)
+        arguments._recent.clear()
