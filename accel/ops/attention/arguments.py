@@ -42,8 +42,12 @@ _index_facts: memo.Facts[_IndexFacts] = memo.Facts()
 
 
 def _along_diagonals(index: Tensor) -> Tensor:
-    """The value on each diagonal of ``(T, S)``, by i − j from −(S−1) on."""
-    return torch.cat([index[0].flip(0), index[1:, 0]])
+    """The value on each diagonal of ``(T, S)``, int64, by i − j from −(S−1) on."""
+    return torch.cat([index[0].flip(0), index[1:, 0]]).to(torch.int64)
+
+
+def _as_kernels_read(index: Tensor) -> Tensor:
+    return (index if index.dtype == torch.int64 else index.to(torch.int32)).contiguous()
 
 
 def _read_index(index: Tensor) -> _IndexFacts:
@@ -51,7 +55,7 @@ def _read_index(index: Tensor) -> _IndexFacts:
     with torch.inference_mode(False):  # a later call may save it for a backward
         toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
         low, high = (int(x) for x in torch.aminmax(index))
-        line = _along_diagonals(index).to(torch.int64) if toeplitz else None
+        line = _along_diagonals(index) if toeplitz else None
         other = line is None and not (index.dtype in (torch.int32, torch.int64) and index.is_contiguous())
         fits = other and low > -INT32_MAX and high < INT32_MAX
         return _IndexFacts(low, high, line, index.to(torch.int32).contiguous() if fits else None)
@@ -342,12 +346,21 @@ def check_table(
     if index.device != q.device:
         raise ValueError(f"bias_index is on {index.device} but q is on {q.device}")
     if index.numel() == 0 or torch.compiler.is_compiling():
-        return None, (index if index.dtype == torch.int64 else index.to(torch.int32)).contiguous(), []
-    facts = _index_facts.get_or_read((index,), None, lambda: _read_index(index))
-    if facts.low < 0 or facts.high >= rows:
+        return None, _as_kernels_read(index), []
+    captured = memo.capturing(index)
+    facts: _IndexFacts | None
+    if captured:
+        facts = _index_facts.known((index,))
+    else:
+        facts = _index_facts.get_or_read((index,), None, lambda: _read_index(index))
+    if facts is not None and (facts.low < 0 or facts.high >= rows):
         raise ValueError(f"bias_index reaches from {facts.low} to {facts.high}, bias_table has rows 0 to {rows - 1}")
-    if facts.line is not None:
-        return facts.line, None, []
+    line = None if facts is None else facts.line
+    if captured:  # a graph reads the index at each replay, and outlives tensors that are remembered for it
+        return (None, _as_kernels_read(index), []) if line is None else (_along_diagonals(index), None, [])
+    assert facts is not None
+    if line is not None:
+        return line, None, []
     return None, index if facts.small is None else facts.small, []
 
 
