@@ -406,3 +406,60 @@ def test_multi_head_attention_compiles_in_one_graph():
     masks = mha_masks()["both"]
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs, **masks)[0], module(*inputs, **masks)[0], rtol=0, atol=1e-11)
+
+
+ENCODERS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"window": (2, 1)},
+    "relative": {"relative": accel.T5Buckets(), "causal": True},
+    "grouped heads": {"num_kv_heads": 1},
+}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("options", ENCODERS)
+def test_multi_head_attention_inside_torchs_encoder_layer(options, norm_first):
+    """In eval mode torch looks for its fast path, which knows nothing of rules: it is not taken."""
+    torch.manual_seed(3)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True, norm_first=norm_first).double()
+    layer.self_attn = accel.nn.MultiHeadAttention(16, 2, batch_first=True, **ENCODERS[options]).double()
+    x = noise(3, 7, 16)
+    masks = {"src_key_padding_mask": torch.arange(7) >= torch.tensor([[7], [4], [6]])}
+    for given in ({}, masks):
+        expected = layer.train()(x, **given)
+        with torch.no_grad():
+            found = layer.eval()(x, **given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not layer.self_attn._qkv_same_embed_dim
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+def test_multi_head_attention_inside_torchs_encoder():
+    torch.manual_seed(3)
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True).double()
+    layer.self_attn = accel.nn.MultiHeadAttention(16, 2, batch_first=True, causal=True).double()
+    model = torch.nn.TransformerEncoder(layer, 2)
+    x, padded = noise(3, 7, 16), torch.arange(7) >= torch.tensor([[7], [4], [6]])
+    expected = model.train()(x, src_key_padding_mask=padded)
+    with torch.no_grad():
+        found = model.eval()(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("of_itself", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multi_head_attention_takes_a_bias_of_another_dtype(dtype, of_itself):
+    """As torch's module does, which adds it in the wider of both."""
+    ours, theirs = (module.to(dtype) for module in mha_pair(batch_first=True))
+    theirs.in_proj_bias = torch.nn.Parameter(noise(48, seed=8))
+    ours.load_state_dict(theirs.state_dict())
+    ours.in_proj_bias = torch.nn.Parameter(theirs.in_proj_bias.detach().clone())
+    inputs = [x.to(dtype) for x in mha_inputs(batch_first=True)]
+    inputs = inputs[:1] * 3 if of_itself else inputs
+    out, expected = ours(*inputs)[0], theirs(*inputs, need_weights=False)[0]
+    assert out.dtype == expected.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    for module, result in ((ours, out), (theirs, expected)):
+        result.float().square().sum().backward()
+        assert module.in_proj_bias.grad.dtype == torch.float64

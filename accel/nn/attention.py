@@ -69,6 +69,15 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The projection. A bias of another dtype is added in the wider of both, and the product's dtype stays, as torch
+    does for some layouts of ``x``, where it refuses others."""
+    if bias is None or bias.dtype == weight.dtype:
+        return F.linear(x, weight, bias)
+    out = F.linear(x, weight)
+    return (out + bias).to(out.dtype)
+
+
 def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence[Tensor]:
     """The three projections, as one product where the inputs are one tensor."""
     heads, bias = module.num_heads, module.in_proj_bias
@@ -77,11 +86,11 @@ def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence
     if module.in_proj_weight is None:
         weights: Any = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     elif query is key and key is value:
-        return F.linear(query, module.in_proj_weight, bias).split(widths, -1)
+        return linear(query, module.in_proj_weight, bias).split(widths, -1)
     else:
         weights = module.in_proj_weight.split(widths)
     biases = (None, None, None) if bias is None else bias.split(widths)
-    return [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
+    return [linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
 
 def _heads_of(module: Any, query: Tensor, key: Tensor, value: Tensor, batch_axis: int) -> list[Tensor]:
@@ -216,6 +225,9 @@ class MultiHeadAttention(nn.Module):
         ValueError: sizes that do not divide, a probability outside [0, 1), a table without its size, or rules by
             position together with keys that have none (``add_bias_kv``, ``add_zero_attn``).
     """
+
+    _qkv_same_embed_dim = False
+    """Asked by torch's encoder layer before its fast path, which would pass by ``causal`` and ``relative``."""
 
     def __init__(
         self,

@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from accel.nn.attention import attend_heads
+from accel.nn.attention import attend_heads, linear
 from accel.patches.entry import Entry, class_path, why_not_dropout
 
 ATTENTION = "torch.nn.modules.activation.MultiheadAttention"
@@ -50,6 +49,8 @@ def _why_not_call(
     if query.is_nested or key.is_nested or value.is_nested:
         if query is not key or key is not value:
             return "nested tensors are taken as self-attention alone"
+        if query.size(0) == 0:
+            return "a nested tensor without sequences is given"
         if key_padding_mask is not None or attn_mask is not None:
             return "a nested tensor and a mask are given"
         if attn.bias_k is not None or attn.add_zero_attn:
@@ -76,7 +77,7 @@ def _attention(
 
 
 def _project(attn: Any, x: Tensor) -> Tensor:
-    return F.linear(x, attn.out_proj.weight, attn.out_proj.bias)
+    return linear(x, attn.out_proj.weight, attn.out_proj.bias)
 
 
 def _nested_attention(attn: Any, attend: Callable[..., Tensor], x: Tensor) -> Tensor:
