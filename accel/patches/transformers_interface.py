@@ -160,8 +160,8 @@ def pairs(mask: Tensor | MaskRule | None, position_bias: Tensor | None) -> dict[
             how |= x.arguments()
         elif x is not None and x.dtype == torch.bool:
             how["mask"] = x
-        elif x is not None:
-            dense.append(x)
+        elif x is not None:  # eager attention adds integers too
+            dense.append(x if x.is_floating_point() else x.float())
     if dense:
         how["bias"] = dense[0] if len(dense) == 1 else dense[0] + dense[1]
     return how
