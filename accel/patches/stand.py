@@ -137,7 +137,7 @@ class Stand:
         """The op, and a note of the backend it runs on."""
         op = dispatch.OPS[self.op]
         if not torch.compiler.is_compiling():
-            asked = (first.dtype, first.device, dispatch._settings.backend)
+            asked = (first.dtype, first.device, dispatch._settings.backend, dispatch.deterministic())
             if asked != self._asked:  # the choice depends on nothing else that changes from call to call
                 with torch.no_grad():  # what checkpointing sees of a call must be the same each time
                     drawn = {"dropout_p": 0.0} if "dropout_p" in how else {}  # no seed is drawn for the look
