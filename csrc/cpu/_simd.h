@@ -249,6 +249,15 @@ inline vf max(vf a, vf b) {  // a NaN in a stays
   return a < b ? b : a;
 #endif
 }
+inline vf min(vf a, vf b) {  // b where one of them is a NaN
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX__)
+  return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
 template <int S = W / 2>
 inline vf max_lanes(vf x) {
   x = max(x, swap_blocks<S>(x, std::make_integer_sequence<int, W>{}));

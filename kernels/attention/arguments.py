@@ -13,7 +13,7 @@ from torch import Tensor
 
 from accel.kernels import _launch
 from accel.kernels._launch import Launch
-from accel.ops.attention.softmax_attention import Args
+from accel.ops.attention.softmax_attention import Args, adds
 
 _AXES = {"q": "t", "k": "s", "v": "s", "out": "t", "grad": "t", "grad_q": "t", "grad_k": "s", "grad_v": "s"}
 
@@ -44,7 +44,8 @@ class Inputs(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The tensors that a backward pass starts from."""
+    """The tensors that a backward pass starts from. ``lse`` is what a row's weights are relative to. Where something is
+    added to the logits, it is in their units and may be the largest of them; gradient and delta are divided then."""
 
     grad: Tensor
     lse: Tensor
@@ -66,6 +67,7 @@ class Config:
     rule: str
     grid: bool  # a bias table is that of a grid, else it has an index
     softcap: bool
+    adds: bool  # a bias, a line or a table to the logits
     binary: bool  # logits are in units of ln 2
     unit: int  # strides of rows are counted in so many elements
     d: int
@@ -116,9 +118,7 @@ def head_block(size: int) -> int:
 
 def plain(args: Args) -> bool:
     """Whether logits are products times a positive number: their order is that of the products then."""
-    extras = (args.bias, args.line, args.table)
-    half = args.q.dtype != torch.float32
-    return half and args.scale > 0.0 and args.softcap == 0.0 and all(x is None for x in extras)
+    return args.q.dtype != torch.float32 and args.scale > 0.0 and args.softcap == 0.0 and not adds(args)
 
 
 def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -176,6 +176,7 @@ def config(args: Args, tile: Tile, unit: int) -> Config:
         rule=args.rule,
         grid=bool(args.grid),
         softcap=args.softcap > 0.0,
+        adds=adds(args),
         binary=args.q.dtype != torch.float32,
         unit=unit,
         d=head_size,

@@ -21,6 +21,7 @@ from accel.kernels.attention.logits import (
     full_at,
     full_length,
     half,
+    is_finite,
     key_spans,
     load_rows,
     load_sums,
@@ -36,10 +37,13 @@ from accel.kernels.attention.logits import (
 
 @triton.jit(do_not_specialize=["heads", "queries", *[f"{x}_{axis}" for x in ("out", "grad") for axis in "bht"]])
 def row_sums_kernel(
-    sums_ptr, out_ptr, grad_ptr, out_b, out_h, out_t, grad_b, grad_h, grad_t, heads, queries,
+    sums_ptr, out_ptr, grad_ptr, worst_ptr, out_b, out_h, out_t, grad_b, grad_h, grad_t, heads, queries,
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """The sum of output · upstream gradient over each row."""
+    """The sum of output · upstream gradient over each row, unless there is a ``worst_ptr`` to a finite number."""
+    if worst_ptr is not None:  # noqa: SIM102  both sides of "and" are compiled
+        if is_finite(tl.load(worst_ptr)):
+            return
     tiles = tl.cdiv(queries, BLOCK_M)
     unit = (tl.program_id(0) // tiles).to(tl.int64)
     i = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -66,7 +70,7 @@ def _pull_keys(
     raw = tl.dot(k, tl.trans(q), input_precision="ieee")
     grad_o = load_rows(query_side.grad, i, queries, query_side.grad_step, CONFIG.e, CONFIG.block_e, True, DOT)
     grad_p = tl.dot(v, tl.trans(grad_o), input_precision="ieee")
-    lse, delta = load_sums(query_side.lse, query_side.delta, i, queries, CONFIG.binary)
+    lse, delta = load_sums(query_side.lse, query_side.delta, i, queries, CONFIG)
     used, _grad_s, grad_raw, seen = pair_gradients(
         raw, grad_p, lse[None, :], delta[None, :], i[None, :], j[:, None], i0, j0, head, CONFIG, PART
     )
@@ -81,14 +85,20 @@ def _pull_keys(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def keys_kernel(
-    grad_k_ptr, grad_v_ptr, spans_ptr, upstream, inputs,
+    grad_k_ptr, grad_v_ptr, spans_ptr, worst_ptr, upstream, inputs,
     grad_k_b, grad_k_h, grad_k_s, grad_v_b, grad_v_h, grad_v_s, grad_b, grad_h, grad_t,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b, spans_b,
     batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys of a key head: over the group's heads and the queries that see the tile."""
+    """Gradients of a tile of keys of a key head: over the group's heads and the queries that see the tile.
+
+    Where there is a ``worst_ptr`` to a finite number, everything is left as it is.
+    """
+    if worst_ptr is not None:  # noqa: SIM102  both sides of "and" are compiled
+        if is_finite(tl.load(worst_ptr)):
+            return
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_D: tl.constexpr = CONFIG.block_d
@@ -173,13 +183,16 @@ def _pull_queries(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def queries_kernel(
-    grad_q_ptr, upstream, inputs,
+    grad_q_ptr, worst_ptr, upstream, inputs,
     grad_q_b, grad_q_h, grad_q_t, grad_b, grad_h, grad_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     factors, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries of a head."""
+    """Gradient of a tile of queries of a head; left as it is where there is a ``worst_ptr`` to a finite number."""
+    if worst_ptr is not None:  # noqa: SIM102  both sides of "and" are compiled
+        if is_finite(tl.load(worst_ptr)):
+            return
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_D: tl.constexpr = CONFIG.block_d
@@ -213,7 +226,7 @@ def queries_kernel(
     q = load_rows(q_at, i, queries, q_t * UNIT, CONFIG.d, BLOCK_D, True, DOT)
     grad_at = upstream.grad + (batch * grad_b + index * grad_h) * UNIT
     grad_o = load_rows(grad_at, i, queries, grad_t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
-    lse, delta = load_sums(upstream.lse + head.first, upstream.delta + head.first, i, queries, CONFIG.binary)
+    lse, delta = load_sums(upstream.lse + head.first, upstream.delta + head.first, i, queries, CONFIG)
     grad_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     spans = key_spans(i0, call, head.rows, CONFIG)
     for offset in tl.range(0, part_length(spans), PART_N, num_stages=1, disable_licm=True):

@@ -76,7 +76,7 @@ def _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, C
     grad_p = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
     # only now: registers would hold these numbers over the products
     first = (batch * call.heads + index) * queries
-    lse, delta = load_sums(upstream.lse + first, upstream.delta + first, i, queries, CONFIG.binary)
+    lse, delta = load_sums(upstream.lse + first, upstream.delta + first, i, queries, CONFIG)
     bias_at = batch * call.bias.b + index * call.bias.h
     _used, grad_s, _grad_raw, _seen = pair_gradients(
         raw, grad_p, lse[:, None], delta[:, None], i[:, None], j[None, :], i0, j0,

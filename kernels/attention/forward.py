@@ -11,6 +11,8 @@ import triton.language as tl
 
 from accel.kernels.attention.arguments import LAUNCH_INTS
 from accel.kernels.attention.logits import (
+    FAR,
+    LEAST,
     LN_2,
     LOG2_E,
     Call,
@@ -22,6 +24,7 @@ from accel.kernels.attention.logits import (
     full_at,
     full_length,
     half,
+    is_finite,
     keep,
     key_spans,
     load_rows,
@@ -83,13 +86,19 @@ def _attend(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def forward_kernel(
-    out_ptr, lse_ptr, sinks_ptr, inputs,
+    out_ptr, lse_ptr, peak_ptr, sinks_ptr, worst_ptr, inputs,
     out_b, out_h, out_t, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     batches, heads, group, together, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     factors, CONFIG: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a tile of queries of a head."""
+    """Output and log-sum-exp of a tile of queries of a head, and what its weights are computed again from.
+
+    Where there is a ``worst_ptr`` to a finite number, everything is left as it is.
+    """
+    if worst_ptr is not None:  # noqa: SIM102  both sides of "and" are compiled
+        if is_finite(tl.load(worst_ptr)):
+            return
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_E: tl.constexpr = CONFIG.block_e
@@ -147,7 +156,15 @@ def forward_kernel(
     o /= total[:, None]
     o += tl.sum(o * 0.0, 1)[:, None]  # a value that is not finite makes its row NaN
     at = (batch * heads + index) * queries + i
-    lse = (top + tl.log2(total)) * LN_2 if BINARY else top + tl.log(total)
+    rest = tl.log2(total) if BINARY else tl.log(total)
+    lse = (top + rest) * LN_2 if BINARY else top + rest
+    if peak_ptr is not None:
+        # far from 0 the sum of both would lose the rest: weights relative to the largest logit, divided by their sum
+        far = tl.abs(top) > FAR
+        tl.store(peak_ptr + at, tl.where(far, top, top + rest), mask=i < queries)
+        share_ptr = peak_ptr + batches.to(tl.int64) * heads * queries
+        tl.store(share_ptr + at, tl.where(far, 1.0 / total, 1.0), mask=i < queries)
+        lse = tl.where(top <= LEAST, top, lse)  # which is the least number in any units
     tl.store(lse_ptr + at, lse, mask=i < queries)
     out_at = out_ptr + (batch * out_b + index * out_h) * UNIT
     store_rows(out_at, o, i, queries, out_t * UNIT, CONFIG.e, BLOCK_E)

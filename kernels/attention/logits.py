@@ -15,6 +15,8 @@ from accel.kernels._launch import keep_bits
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LEAST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of fp32
+FAR: tl.constexpr = tl.constexpr(128.0)  # a log-sum-exp beyond loses more than 4e-6 of its weights
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # of a query in `rows`: first0, end0, first1, end1, shift
 
 # --- a call, and one head of it ---
@@ -94,6 +96,11 @@ def store_rows(ptr, x, row, count, stride, D: tl.constexpr, BLOCK_D: tl.constexp
     d = tl.arange(0, BLOCK_D)
     at = row.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=(row < count)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")  # nor is a NaN
 
 
 @triton.jit
@@ -381,6 +388,14 @@ def _tanh(x):
 
 
 @triton.jit
+def in_units(x, UNITS: tl.constexpr):
+    """What is added to a logit, in its units. The least number, which masks add, must not overflow: −∞ hides a key."""
+    if UNITS != 1.0:
+        x = tl.maximum(x * UNITS, tl.minimum(x, LEAST), propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
 def logits(raw, i, j, i0, j0, head, CONFIG: tl.constexpr):
     """Logits from the product ``raw``, and that product capped: tanh of it, where there is a cap.
 
@@ -398,14 +413,14 @@ def logits(raw, i, j, i0, j0, head, CONFIG: tl.constexpr):
     if call.inputs.bias is not None:
         corner = call.inputs.bias + head.bias_at + i0.to(tl.int64) * call.bias.t + j0.to(tl.int64) * call.bias.s
         at = (i - i0) * call.bias.t + (j - j0) * call.bias.s
-        s += tl.load(corner + at, mask=(i < call.queries) & (j < call.keys), other=0.0).to(tl.float32) * UNITS
+        s += in_units(tl.load(corner + at, mask=(i < call.queries) & (j < call.keys), other=0.0).to(tl.float32), UNITS)
     if call.inputs.line is not None:
         at = tl.minimum(tl.maximum(line_place(i, call, head.rows) - j, 0), call.line_length - 1)
-        s += tl.load(call.inputs.line + head.index.to(tl.int64) * call.line_length + at) * UNITS
+        s += in_units(tl.load(call.inputs.line + head.index.to(tl.int64) * call.line_length + at), UNITS)
     if call.inputs.table is not None:
         row = table_row(i, j, i0, j0, call, CONFIG)
         row = tl.minimum(tl.maximum(row, 0), call.table_rows - 1)
-        s += tl.load(call.inputs.table + head.index + row * call.heads) * UNITS
+        s += in_units(tl.load(call.inputs.table + head.index + row * call.heads), UNITS)
     return s, raw
 
 
@@ -422,14 +437,14 @@ def power(x, BINARY: tl.constexpr):
 
 
 @triton.jit
-def load_sums(lse_ptr, delta_ptr, i, queries, BINARY: tl.constexpr):
-    """Log-sum-exp, in the units of the logits, and delta of queries i.
+def load_sums(lse_ptr, delta_ptr, i, queries, CONFIG: tl.constexpr):
+    """What the weights of queries i are relative to, in the units of the logits, and delta.
 
     Rows past the last and rows that see nothing get +inf and 0, which leaves every weight and its gradient 0.
     """
     lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
     delta = tl.load(delta_ptr + i, mask=i < queries, other=0.0)
-    UNITS: tl.constexpr = LOG2_E if BINARY else 1.0
+    UNITS: tl.constexpr = LOG2_E if CONFIG.binary and not CONFIG.adds else 1.0
     nothing = lse == float("-inf")
     return tl.where(nothing, float("inf"), lse * UNITS), tl.where(nothing, 0.0, delta)
 

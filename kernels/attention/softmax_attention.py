@@ -23,7 +23,7 @@ from accel.kernels.attention import biases_launch as biases
 from accel.kernels.attention import forward as forwards
 from accel.kernels.attention.arguments import Tile, Upstream, head_block, launch, launch_call, plain, shared
 from accel.kernels.attention.spans import span_launches
-from accel.ops.attention.softmax_attention import Args, empty_like_layout
+from accel.ops.attention.softmax_attention import Args, adds, empty_like_layout
 
 # --- tiles ---
 
@@ -152,25 +152,30 @@ def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty_like(empty_like_layout(x, shape), dtype=_launch.store_dtype(x.dtype))
 
 
-def _results(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty out and lse."""
-    return _empty(q, (*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _results(args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty out, lse and peak."""
+    lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
+    return _empty(args.q, (*lse.shape, args.v.shape[3])), lse, lse.new_empty((2, *lse.shape) if adds(args) else (0,))
 
 
-def _forward_launch(out: Tensor, lse: Tensor, args: Args, capability: tuple[int, int]) -> Any:
+def _forward_launch(
+    out: Tensor, lse: Tensor, peak: Tensor, args: Args, capability: tuple[int, int], worst: Tensor | None = None
+) -> Any:
     tile = FORWARD.of(args, capability)
     programs = lse.shape[0] * lse.shape[1] * triton.cdiv(lse.shape[2], tile.queries)
     given = shared(args, {"out": out})
-    more = {"out_ptr": out, "lse_ptr": lse, "sinks_ptr": args.sinks, "PLAIN": plain(args)}
-    return launch_call(forwards.forward_kernel, programs, tile, args, given, **more)
+    peak_ptr = peak if adds(args) else None
+    more = {"out_ptr": out, "lse_ptr": lse, "peak_ptr": peak_ptr, "sinks_ptr": args.sinks, "worst_ptr": worst}
+    return launch_call(forwards.forward_kernel, programs, tile, args, given, PLAIN=plain(args), **more)
 
 
-def _sums_launch(sums: Tensor, grad_out: Tensor, out: Tensor) -> Any:
+def _sums_launch(sums: Tensor, grad_out: Tensor, out: Tensor, worst: Tensor | None = None) -> Any:
     sides = (("out", out), ("grad", grad_out))
     steps = {f"{name}_{axis}": x.stride(n) for name, x in sides for n, axis in enumerate("bht")}
     batches, heads, queries, size = out.shape
     tile = Tile(max(1, 2048 // head_block(size)), 16, 4, 1)
-    given = {"sums_ptr": sums, "out_ptr": out, "grad_ptr": grad_out, "heads": heads, "queries": queries, "E": size}
+    given: dict[str, Any] = {"sums_ptr": sums, "out_ptr": out, "grad_ptr": grad_out, "worst_ptr": worst}
+    given.update(heads=heads, queries=queries, E=size)
     programs = batches * heads * triton.cdiv(queries, tile.queries)
     given.update(steps, BLOCK_E=head_block(size), BLOCK_M=tile.queries)
     return launch(backwards.row_sums_kernel, programs, tile, **given)
@@ -197,16 +202,22 @@ class _Backward:
 
 
 def _backward_plan(
-    grad_out: Tensor, delta: Tensor, lse: Tensor, args: Args, needs: list[bool], capability: tuple[int, int]
+    grads: tuple[Tensor, Tensor, Tensor],
+    upstream: Upstream,
+    args: Args,
+    needs: list[bool],
+    capability: tuple[int, int],
+    worst: Tensor | None = None,
 ) -> _Backward:
-    q, k, v = args.q, args.k, args.v
-    grad_q, grad_k, grad_v = (_empty(x, tuple(x.shape)) for x in (q, k, v))
+    q, k = args.q, args.k
+    grad_q, grad_k, grad_v = grads
     given = {
-        **shared(args, {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "grad": grad_out}),
+        **shared(args, {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v, "grad": upstream.grad}),
         "grad_q_ptr": grad_q,
         "grad_k_ptr": grad_k,
         "grad_v_ptr": grad_v,
-        "upstream": Upstream(grad_out, lse, delta),
+        "upstream": upstream,
+        "worst_ptr": worst,
     }
     tile = KEYS.of(args, capability)
     launches, spans, spans_b = span_launches(args, tile)
@@ -225,32 +236,71 @@ def _backward_plan(
             step, part = plan(args, given, capability)
             launches.append(step)
         parts.append(part)
-    return _Backward(launches, (grad_q, grad_k, grad_v), (parts[0], parts[1], parts[2]))
+    return _Backward(launches, grads, (parts[0], parts[1], parts[2]))
 
 
-def forward(*args: Any) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; arguments are the fields of ``accel.ops.attention.softmax_attention.Args``."""
+def _grads(args: Args) -> tuple[Tensor, Tensor, Tensor]:
+    """Empty gradients of q, k and v."""
+    grad_q, grad_k, grad_v = (_empty(x, tuple(x.shape)) for x in (args.q, args.k, args.v))
+    return grad_q, grad_k, grad_v
+
+
+def _upstream(grad_out: Tensor, delta: Tensor, lse: Tensor, peak: Tensor, args: Args) -> Upstream:
+    if not adds(args):
+        return Upstream(grad_out, lse.contiguous(), delta.contiguous())
+    share = peak[1].to(grad_out.dtype)  # 1 in rows whose largest logit is not far from 0
+    return Upstream(grad_out * share[..., None], peak[0], delta * share)
+
+
+def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log-sum-exp and, where something is added to the logits, what the backward computes a row's weights from:
+    ``(2, B, H, T)``, the number they are relative to, in the units of the logits, and what they are multiplied by then.
+
+    Arguments are the fields of ``accel.ops.attention.softmax_attention.Args``.
+    """
     given = Args(*args)
-    out, lse = _results(given.q, given.v)
+    out, lse, peak = _results(given)
     with _launch.device_of(given.q):
-        _forward_launch(out, lse, given, _launch.capability(given.q)).run()
-    return out.to(given.q.dtype), lse
+        _forward_launch(out, lse, peak, given, _launch.capability(given.q)).run()
+    return out.to(given.q.dtype), lse, peak
 
 
-def backward(grad_out: Tensor, delta: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward(grad_out: Tensor, delta: Tensor, lse: Tensor, peak: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v and, where needed, of bias, line and table (fp32, else empty).
 
     ``delta`` is the sum of weight · gradient over each row, less the gradient of the log-sum-exp.
     """
     *args, needs = rest
     given = Args(*args)
+    upstream = _upstream(grad_out, delta, lse, peak, given)
     with _launch.device_of(given.q):
-        plan = _backward_plan(grad_out, delta.contiguous(), lse.contiguous(), given, needs, _launch.capability(given.q))
+        plan = _backward_plan(_grads(given), upstream, given, needs, _launch.capability(given.q))
         for step in plan.launches:
             step.run()
         small = [lse.new_empty(0) if part is None else part.sum(0).contiguous() for part in plan.parts]
     grads = [g.to(x.dtype) for g, x in zip(plan.grads, (given.q, given.k, given.v), strict=True)]
     return *grads, *small
+
+
+# --- the same into what another kernel computed, where ``worst``, a number on the device, is not finite ---
+
+
+def forward_again(worst: Tensor, out: Tensor, lse: Tensor, args: Args) -> None:
+    """Compute ``out`` and ``lse`` of a call to which nothing is added; both stay as they are if ``worst`` is finite."""
+    with _launch.device_of(out):
+        _forward_launch(out, lse, lse, args, _launch.capability(out), worst).run()
+
+
+def backward_again(
+    worst: Tensor, grads: tuple[Tensor, Tensor, Tensor], grad_out: Tensor, out: Tensor, lse: Tensor, args: Args
+) -> None:
+    """The same for the gradients of q, k and v."""
+    delta = torch.empty_like(lse)
+    upstream = _upstream(grad_out, delta, lse, lse, args)
+    with _launch.device_of(out):
+        plan = _backward_plan(grads, upstream, args, [False] * 3, _launch.capability(out), worst)
+        for step in (_sums_launch(delta, grad_out, out, worst), *plan.launches):
+            step.run()
 
 
 # --- what the compile gate builds ---
@@ -266,6 +316,7 @@ def _calls() -> Iterator[tuple[torch.dtype, tuple[int, int], dict[str, Any]]]:
     everything = {"rule": "other", "mask": True, "bias": True, "line": True, "dropout": True, "softcap": True}
     for size in (64, 128):
         yield bf16, (size, size), {"rule": "causal"}
+        yield bf16, (size, size), {"rule": "causal", "again": True}
         yield bf16, (size, size), {"rule": "other", "mask": True}
         yield bf16, (size, size), {"bias": True}
         yield fp32, (size, size), everything
@@ -289,10 +340,11 @@ def _cases(
     dropout: bool = False,
     softcap: bool = False,
     aligned: bool = True,
+    again: bool = False,
 ) -> Iterator[_launch.CompileCase]:
     """The launches of one call, forward and backward, on tensors that have shapes only."""
     name = f"{str(dtype)[6:]} D={head_sizes[0]} E={head_sizes[1]} {rule}"
-    for flag in ("mask", "bias", "line", "table", "dropout", "softcap"):
+    for flag in ("mask", "bias", "line", "table", "dropout", "softcap", "again"):
         name += f" {flag}" if locals()[flag] else ""
     tokens = 1024
 
@@ -320,12 +372,14 @@ def _cases(
         softcap=30.0 if softcap else 0.0,
         dropout_p=0.1 if dropout else 0.0,
     )
-    out, lse = _results(args.q, args.v)
+    out, lse, peak = _results(args)
+    worst = empty() if again else None
+    upstream = _upstream(out, lse, lse, peak, args)
 
     def of(capability: tuple[int, int]) -> Iterator[_launch.CompileCase]:
-        yield _forward_launch(out, lse, args, capability).case(name)
-        yield _sums_launch(lse, out, out).case(name)
-        for step in _backward_plan(out, lse, lse, args, [True] * 3, capability).launches:
+        yield _forward_launch(out, lse, peak, args, capability, worst).case(name)
+        yield _sums_launch(lse, out, out, worst).case(name)
+        for step in _backward_plan(_grads(args), upstream, args, [True] * 3, capability, worst).launches:
             yield step.case(name)
 
     yield from _launch.by_generation(of((8, 0)), of((9, 0)))

@@ -163,6 +163,34 @@ def very_negative_logits(tensors):
     tensors["bias"].copy_(tensors["bias"].round() - 110)
 
 
+def turned(tensors, name):
+    """The values of a tensor in memory whose last two axes have changed places."""
+    tensors[name] = tensors[name].mT.contiguous().mT
+
+
+LEAST = torch.finfo(torch.float32).min
+
+
+def huge(value):
+    """Of every three rows, one carries ``value`` for all keys, and one for half of them and twice that elsewhere."""
+
+    def change(tensors):
+        bias = tensors["bias"]
+        bias[..., 1::3, :] = bias[..., 2::3, :] = value
+        bias[..., 2::3, ::2] *= 2
+
+    return change
+
+
+def filled(name, value, upto=None):
+    """All of a bias or a table, or what it has for the first keys, is ``value``."""
+
+    def change(tensors):
+        tensors[name][..., :upto] = value
+
+    return change
+
+
 def integers(tensors, queries_and_keys=0.0):
     """Small integers; q and k are 0, so that a logit is its bias."""
     for name in "qkv":

@@ -2,10 +2,13 @@
 
 import torch
 from _attention_calls import (
+    LEAST,
     batch_entry_without_keys,
     case,
+    filled,
     heads_inside_tokens,
     heavy_sinks,
+    huge,
     integers,
     keys_of_one_head,
     large_logits,
@@ -20,6 +23,7 @@ from _attention_calls import (
     some_sinks_minus_inf,
     steep_slopes,
     toeplitz_index,
+    turned,
     very_negative_logits,
     whole_rows_minus_inf,
 )
@@ -279,6 +283,22 @@ SCORES = [
     ),
 ]  # fmt: skip
 
+# biases that leave nothing of the products beside them
+HUGE = [
+    case("huge_bias", 37, 70, bias=(2, 2, 37, 70), change=huge(-1e30)),
+    case("huge_bias_of_keys", 23, 31, H=4, Hkv=2, bias=(31,), change=filled("bias", -1e30)),
+    case("huge_toeplitz", 29, 70, rows=98, change=filled("bias_table", -1e30), **WHOLE),
+    case("huge_dropout", 23, 31, dropout_p=0.3, bias=(2, 1, 23, 31), change=huge(-1e30)),
+    case("huge_one_query", 1, 139, H=8, Hkv=2, D=64, bias=(2, 1, 1, 139), change=filled("bias", -1e30)),
+    case("least_bias", 37, 70, Hkv=1, bias=(2, 2, 37, 70), change=huge(LEAST)),
+    case("least_bias_of_left_keys", 70, bias=(2, 1, 1, 70), change=filled("bias", LEAST, 40), causal=True),
+    case("least_bias_turned", 37, 41, bias=(1, 1, 37, 41), change=lambda t: (turned(t, "bias"), huge(LEAST)(t))),
+    case("least_index", 23, 31, bias_index=random_index(23, 31, 9), rows=9, change=filled("bias_table", LEAST)),
+    case("least_grid", 36, bias_index=Grid2D(5, 7, 1), rows=120, change=filled("bias_table", LEAST)),
+    case("least_softcap", 23, 31, softcap=2.0, bias=(2, 1, 23, 31), change=huge(LEAST)),
+    case("least_of_300", 131, 300, B=1, D=64, bias=(1, 2, 131, 300), change=filled("bias", LEAST)),
+]
+
 INTEGERS = [
     case("exact_bias", 37, 70, bias=(2, 2, 37, 70), change=one_key_each, **EXACT),
     case("exact_bias_of_heads", 23, 131, B=3, H=4, Hkv=2, bias=(4, 23, 131), change=one_key_each, **EXACT),
@@ -303,7 +323,18 @@ INTEGERS = [
     case("exact_packed_cross", 55, 64, **PACKED_CROSS, window=(0, 0), change=integers, **EXACT),
 ]
 
-CASES = [*PLAIN, *MASKS, *PACKS, *BIASES, *SCORES, *INTEGERS]
+CASES = [*PLAIN, *MASKS, *PACKS, *BIASES, *SCORES, *HUGE, *INTEGERS]
+
+# heads in multiples of 4, which the kernel for the CPU takes and that for the GPU does not
+FOURS = [
+    case("head_size_4", 29, 31, D=4),
+    case("head_size_20", 29, 70, D=20, causal=True, Hkv=1),
+    case("head_size_36", 33, 31, D=36, E=20, bias=(2, 33, 31), layout=heads_inside_tokens),
+    case("head_size_44", 70, D=44, rows=139, **WHOLE, sinks=True, softcap=3.0),
+    case("head_size_252", 19, 70, D=252, E=12, mask=(2, 1, 1, 70)),
+    case("head_size_20_one_query", 1, 70, D=20, H=4, Hkv=2),
+    case("head_size_12_dropout", 23, 31, D=12, dropout_p=0.3),
+]
 
 # Small, with a batch of two; between them every tensor that has a gradient.
 BEHAVIOUR = [
@@ -330,7 +361,7 @@ GRADIENTS = [
 
 
 def by_name(name):
-    return next(c for c in (*CASES, *BEHAVIOUR) if c.name == name)
+    return next(c for c in (*CASES, *FOURS, *BEHAVIOUR) if c.name == name)
 
 
 def available(backend, tensors, kwargs):

@@ -7,7 +7,18 @@ import math
 import pytest
 import torch
 from _attention_calls import BACKENDS, cumulative, drawn, random_index
-from _attention_cases import BEHAVIOUR, CASES, FP32, GRADIENTS, PACKED, PACKED_BEHAVIOUR, SCORES, available, by_name
+from _attention_cases import (
+    BEHAVIOUR,
+    CASES,
+    FOURS,
+    FP32,
+    GRADIENTS,
+    PACKED,
+    PACKED_BEHAVIOUR,
+    SCORES,
+    available,
+    by_name,
+)
 
 import accel
 from accel import BlockCausal, BlockDiffusion, T5Buckets, testing
@@ -17,7 +28,7 @@ from accel.testing import assert_close, check_op
 # in half precision the reference computes as in fp32
 PLAINLY = [dataclasses.replace(c, dtypes=c.dtypes if c in SCORES else FP32) for c in CASES]
 CHECKS = [
-    *check_op(accel.softmax_attention, CASES, BEHAVIOUR, GRADIENTS, BACKENDS[:1]),
+    *check_op(accel.softmax_attention, [*CASES, *FOURS], BEHAVIOUR, GRADIENTS, BACKENDS[:1]),
     *check_op(accel.softmax_attention, PLAINLY, BEHAVIOUR, [], BACKENDS[1:]),
 ]
 
@@ -65,7 +76,7 @@ def apart(x, name, kwargs):
 LSE_CASES = [
     "plain", "gqa_3", "causal_more_queries", "rows_without_keys", "no_keys_at_all", "packed_cross_causal",
     "bias_full", "toeplitz_more_keys", "alibi_and_grid", "index", "softcap", "sinks_rows_without_keys",
-    "dropout_causal_gqa", "everything", "everything_packed",
+    "dropout_causal_gqa", "everything", "everything_packed", "huge_bias", "least_bias_of_left_keys",
 ]  # fmt: skip
 
 
@@ -260,7 +271,13 @@ def test_memory_is_linear_in_the_tokens(rule):
 
 LEVELS = testing.check_levels(
     accel.softmax_attention,
-    map(by_name, ["plain", "gqa_3", "head_size_40", "t5", "index", "everything", "everything_packed", "exact_bias"]),
+    map(
+        by_name,
+        [
+            *("plain", "gqa_3", "head_size_40", "t5", "index", "everything", "everything_packed", "exact_bias"),
+            *("huge_bias", "least_softcap", "head_size_20", "head_size_36"),
+        ],
+    ),
 )
 
 

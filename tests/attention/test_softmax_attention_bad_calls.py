@@ -138,8 +138,8 @@ BAD = [
     Bad(
         "backend_refuses",
         NotImplementedError,
-        "multiple of 8 .* not 12",
-        {"q": zeros(2, 4, 6, 12), "k": zeros(2, 2, 7, 12), "backend": "cpu"},
+        "multiple of 4 .* not 10",
+        {"q": zeros(2, 4, 6, 10), "k": zeros(2, 2, 7, 10), "backend": "cpu"},
     ),
     Bad(
         "backend_refuses_size", NotImplementedError, "up to 256, not 264", {"v": zeros(2, 2, 7, 264), "backend": "cpu"}

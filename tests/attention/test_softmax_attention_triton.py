@@ -45,8 +45,17 @@ NAMES = [
     ("t5_decoder_step", FP16),
     ("beit_grid", BF16),
     ("index_padding", BF16),
+    ("huge_bias", BF16),
+    ("least_bias_of_left_keys", FP32),
+    ("least_index", FP16),
 ]
 SLOW_NAMES = [
+    ("huge_bias", FP32),
+    ("huge_toeplitz", BF16),
+    ("huge_dropout", BF16),
+    ("least_bias", BF16),
+    ("least_grid", BF16),
+    ("least_softcap", BF16),
     ("one_of_each", FP32),
     ("gqa_3", BF16),
     ("head_size_40", FP32),
@@ -139,7 +148,7 @@ def prepared(dtype: torch.dtype = FP32, tokens: int = 40, **kwargs: Any) -> Args
 def test_not_finite_reaches_those_who_see_it(name: str, bad: float, rule: dict[str, Any]) -> None:
     args = prepared(**rule)
     getattr(args, name)[0, 0, 21, 3] = bad
-    out, lse = kernels.forward(*args)
+    out, lse, _ = kernels.forward(*args)
     out_ref, lse_ref = reference(*args)
     assert_close(out, out_ref.double(), "softmax", FP32, "out")
     assert_close(lse, lse_ref.double(), "lse", FP32, "lse")
@@ -152,8 +161,8 @@ def test_gradients_of_the_others_stay_finite(name: str) -> None:
     grad_out = torch.randn(args.q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def gradients() -> list[torch.Tensor]:
-        out, lse = kernels.forward(*args)
-        grads = kernels.backward(grad_out, (out * grad_out).sum(-1), lse, *args, [False] * 3)
+        out, lse, peak = kernels.forward(*args)
+        grads = kernels.backward(grad_out, (out * grad_out).sum(-1), lse, peak, *args, [False] * 3)
         return [g[:, :, :19] for g in grads[:3]]
 
     want = gradients()
@@ -173,8 +182,8 @@ def test_parts_with_a_remainder(name: str, programs: int, monkeypatch: pytest.Mo
 
 def test_unneeded_gradients_are_empty() -> None:
     args = prepared(bias=torch.zeros(40, device=DEVICE), alibi_slopes=torch.ones(1, device=DEVICE))
-    out, lse = kernels.forward(*args)
-    grads = kernels.backward(out, lse, lse, *args, [False] * 3)
+    out, lse, peak = kernels.forward(*args)
+    grads = kernels.backward(out, lse, lse, peak, *args, [False] * 3)
     assert [tuple(g.shape) for g in grads[3:]] == [(0,)] * 3
 
 

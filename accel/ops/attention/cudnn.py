@@ -1,8 +1,8 @@
-"""The backend ``torch`` of softmax attention: cuDNN's forward kernel, where it is the fastest there is.
+"""The backend ``torch`` of softmax attention: cuDNN's kernels as torch calls them, where they are fastest.
 
-It takes no bias and no mask. Under a causal rule it would multiply the values a query must not see by 0, which is NaN
-where they are, so it is not asked for that either. Its log-sum-exp serves our own backward, whose sums have one order;
-cuDNN's has none unless the whole process asks for determinism.
+They take no bias and no mask but causal order, and the sums of their backward have no fixed order, so they are not
+asked where determinism is. In causal order they multiply what a query must not see by 0, which is NaN where that is not
+finite: what they gave is looked at, and :func:`largest` tells our own kernels whether to compute it again.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel import dispatch
 from accel.backends import HALF_DTYPES
 
 HEAD_SIZES = (64, 128)
 LEAST_TOKENS = 512
-"""Of queries and of keys: the fewest that were measured, and it was 1.4 to 1.9 times as fast as our forward there."""
+"""Of queries and of keys: the fewest that were measured, and the forward was 1.4 to 1.9 times as fast as ours there."""
 
 
 @torch.compiler.assume_constant_result
 def _has_cudnn() -> bool:
-    named = hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention")
+    named = hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward")
     return named and torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -31,26 +32,53 @@ def why_not(args: Any) -> str | None:
     if q.device.type != "cuda":
         return f"cuDNN runs on NVIDIA GPUs, and the tensors are on {q.device.type}"
     if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "it is for compute capability 9.0 and above: cuDNN's kernel was measured to be faster on 9.0"
+        return "it is for compute capability 9.0 and above: cuDNN's kernels were measured to be faster on 9.0"
     if q.dtype not in HALF_DTYPES:
         return f"cuDNN takes bfloat16 and float16, not {q.dtype}"
     extras = (args.bias, args.line, args.table, args.sinks, args.mask)
-    if args.rule != "all" or any([x is not None for x in extras]) or args.softcap > 0.0 or args.dropout_p > 0.0:
-        return "it is for calls without bias, mask, sinks, softcap and dropout"
+    if args.rule == "other" or any([x is not None for x in extras]) or args.softcap > 0.0 or args.dropout_p > 0.0:
+        return "it is for calls without bias, mask, sinks, softcap and dropout, over all keys or in causal order"
+    if args.rule == "causal" and q.shape[2] != k.shape[2]:
+        return f"its causal order is for as many queries as keys, not {q.shape[2]} and {k.shape[2]}"
     if q.shape[3] != v.shape[3] or q.shape[3] not in HEAD_SIZES:
         return f"it is for head sizes of 64 and 128, not {q.shape[3]} and {v.shape[3]}"
-    if q.shape[1] != k.shape[1]:
-        return f"it is for as many heads of keys as of queries, not {k.shape[1]} and {q.shape[1]}"
     if min(q.shape[2], k.shape[2]) < LEAST_TOKENS:
         return f"it is for {LEAST_TOKENS} tokens or more, not {q.shape[2]} queries and {k.shape[2]} keys"
+    if dispatch.deterministic():
+        return "determinism is asked for, and the sums of cuDNN's backward have no fixed order"
     if not _has_cudnn():
         return "this torch has no cuDNN attention, or it is switched off"
     return None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+_dimensions = {"log-sum-exp": 4}
+"""Of what the forward of this torch gives and its backward wants back: versions differ in an axis of one behind."""
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp ``(B, H, T)``."""
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-        q, k, v, None, True, 0.0, False, False, scale=scale
+        q, k, v, None, True, 0.0, causal, False, scale=scale
     )
+    _dimensions["log-sum-exp"] = lse.dim()
     return out, lse.view(q.shape[:3])
+
+
+def backward(
+    grad_out: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    lse = lse.unsqueeze(-1) if _dimensions["log-sum-exp"] == 4 else lse
+    unread = q.new_empty((), dtype=torch.int64)  # the random state, which dropout alone reads
+    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default(
+        *(grad_out, q, k, v, out, lse, unread, unread, None, None, None),
+        *(q.shape[2], k.shape[2], 0.0, causal),
+        scale=scale,
+    )
+    return grads
+
+
+def largest(*tensors: Tensor) -> Tensor:
+    """The largest magnitude in them, one fp32 number: NaN or infinite where anything in them is."""
+    found = [torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32) for x in tensors]
+    return found[0] if len(found) == 1 else torch.stack(found).amax()

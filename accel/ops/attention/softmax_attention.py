@@ -114,9 +114,12 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
     if every.shape[-1] == 0:  # no key at all
         every = F.pad(every, (0, 1), value=-math.inf)
     nothing = (every == -math.inf).all(-1, keepdim=True)
-    lse = torch.logsumexp(torch.where(nothing, 0.0, every), -1, keepdim=True)
-    p = torch.where(logits == -math.inf, 0.0, torch.exp(logits - lse))  # also where the row's sum is NaN
-    lse = torch.where(nothing, -math.inf, lse)
+    # relative to the largest logit: near −1e30 a log-sum-exp has no digits left for the number of keys
+    top = torch.where(nothing, 0.0, every.detach().amax(-1, keepdim=True))
+    weight = torch.exp(every - top)
+    total = torch.where(nothing, 1.0, weight.sum(-1, keepdim=True))
+    p = torch.where(logits == -math.inf, 0.0, weight[..., :keys] / total)  # also where the row's sum is NaN
+    lse = torch.where(nothing, -math.inf, top + torch.log(total))
     if args.dropout_p > 0.0:
         assert args.seed is not None
         p = p * philox.keep_mask(args.seed, tuple(p.shape), args.dropout_p) / (1.0 - args.dropout_p)
@@ -132,21 +135,26 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
 MAX_HEAD_SIZE = 256
 
 
-def _why_not_size(args: Args) -> str | None:
-    """Which sizes no kernel of ours takes, whatever its language."""
+def _why_not_size(args: Args, unit: int) -> str | None:
+    """Which sizes a kernel of ours does not take, whose head sizes are multiples of ``unit``."""
     for size in (args.q.shape[3], args.v.shape[3]):
-        if size % 8 or not 8 <= size <= MAX_HEAD_SIZE:
-            return f"it takes head sizes that are a multiple of 8 up to {MAX_HEAD_SIZE}, not {size}"
+        if size % unit or not unit <= size <= MAX_HEAD_SIZE:
+            return f"it takes head sizes that are a multiple of {unit} up to {MAX_HEAD_SIZE}, not {size}"
     if max(args.q.shape[2], args.k.shape[2]) > INT32_MAX // 2:
         return f"it takes up to {INT32_MAX // 2} tokens, not {max(args.q.shape[2], args.k.shape[2])}"
     return None
 
 
 def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
-    if out.device.type == "cuda" and dispatch.leaf_reason("accel.kernels.attention.softmax_attention") is None:
-        sums: Tensor = dispatch.leaf("accel.kernels.attention.softmax_attention")[0].row_sums(grad_out, out)
+    if out.device.type == "cuda" and dispatch.leaf_reason(_TRITON) is None:
+        sums: Tensor = dispatch.leaf(_TRITON)[0].row_sums(grad_out, out)
         return sums
     return (grad_out.float() * out.float()).sum(-1)
+
+
+def adds(args: Args) -> bool:
+    """Whether something is added to the logits: then all keys of a row may carry one huge number."""
+    return args.bias is not None or args.line is not None or args.table is not None
 
 
 def _around(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,7 +162,7 @@ def _around(backward: Callable[..., Any]) -> Callable[..., Any]:
     and the sinks."""
 
     def whole(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
-        *given, needs = rest
+        peak, *given, needs = rest
         args = Args(*given)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         delta = _row_sums(grad_out, out)
@@ -165,13 +173,13 @@ def _around(backward: Callable[..., Any]) -> Callable[..., Any]:
             weight = torch.exp(args.sinks.float()[:, None] - lse)
             # rows that see nothing and whose sink is −∞ weigh nothing
             grad_sinks = -(torch.where(lse == -math.inf, 0.0, weight) * delta).sum((0, 2))
-        return *backward(grad_out, delta, lse, *given, needs[:3]), grad_sinks
+        return *backward(grad_out, delta, lse, peak, *given, needs[:3]), grad_sinks
 
     return whole
 
 
 def _why_not_cpu(args: Args) -> str | None:
-    return backends.why_not_cpu(args) or _why_not_size(args)
+    return backends.why_not_cpu(args) or _why_not_size(args, 4)
 
 
 def _cpu_forward(*args: Any) -> Any:
@@ -184,22 +192,38 @@ def _cpu_backward(*args: Any) -> Any:
     return torch.ops.accel_native.softmax_attention_backward.default(*args_, *needs)
 
 
+_TRITON = dispatch.leaf_of(__name__)
 _triton = backends.triton(__name__)
 _triton_backward = _around(_triton.backward)
 
 
 def _why_not_triton(args: Args) -> str | None:
-    return _triton.why_not(args) or _why_not_size(args)
+    return _triton.why_not(args) or _why_not_size(args, 8)
 
 
 def _torch_forward(*args: Any) -> Any:
     given = Args(*args)
-    out, lse = cudnn.forward(given.q, given.k, given.v, given.scale)
-    return _as_promised(out, given.q), lse
+    out, lse = cudnn.forward(given.q, given.k, given.v, given.rule == "causal", given.scale)
+    out, lse = _as_promised(out, given.q), lse.contiguous()
+    if given.rule == "causal":
+        dispatch.leaf(_TRITON)[0].forward_again(cudnn.largest(out), out, lse, given)
+    return out, lse, lse.new_empty(0)
+
+
+def _torch_backward(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+    if grad_out is None or grad_lse is not None or dispatch.deterministic():
+        return _triton_backward(grad_out, grad_lse, out, lse, *rest)
+    args = Args(*rest[1:-1])
+    main, causal = (args.q, args.k, args.v), args.rule == "causal"
+    found = cudnn.backward(grad_out, out, lse, *main, causal, args.scale)
+    grads = [_as_promised(grad, x) for grad, x in zip(found, main, strict=True)]
+    if causal:
+        dispatch.leaf(_TRITON)[0].backward_again(cudnn.largest(*grads), grads, grad_out, out, lse, args)
+    return *grads, *[lse.new_empty(0) for _ in range(4)]
 
 
 def _why_not_torch(args: Args) -> str | None:
-    return cudnn.why_not(args) or _why_not_triton(args)  # which computes its backward
+    return cudnn.why_not(args) or _why_not_triton(args)  # which computes what cuDNN does not
 
 
 # --- declaration ---
@@ -219,9 +243,10 @@ def _as_promised(out: Tensor, q: Tensor) -> Tensor:
     return out if out.stride() == promised.stride() else empty_like_layout(q, tuple(out.shape)).copy_(out)
 
 
-def _fake(args: Args) -> tuple[Tensor, Tensor]:
+def _fake(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_like_layout(args.q, (*args.q.shape[:3], args.v.shape[3]))
-    return out, args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
+    lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
+    return out, lse, lse.new_empty((2, *lse.shape) if adds(args) else (0,))
 
 
 def _backward_fake(args: Args, made: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -335,7 +360,7 @@ _run = library.differentiable(
     reference,
     gradients=7,
     always=3,
-    outputs=["out", "lse"],
+    outputs=["out", "lse", "peak"],
     differentiable_outputs=2,
     keep_outputs=True,
     fake=_fake,
@@ -389,7 +414,8 @@ def softmax_attention(
         mask: boolean, broadcasting to ``(B, Hq, T, S)``, True where a key takes part; key padding is ``(B, 1, 1, S)``.
         pattern: :class:`accel.PrefixLM`, :class:`accel.BlockCausal` or :class:`accel.BlockDiffusion`, or several; all
             masks hold together.
-        bias: added to the logits; broadcasting to ``(B, Hq, T, S)``, any floating dtype; has a gradient.
+        bias: added to the logits; broadcasting to ``(B, Hq, T, S)``, any floating dtype; has a gradient. −∞ hides a
+            key, a finite number does not: keys that all carry the same huge one share the weight.
         bias_table: ``(R, Hq)``, any floating dtype; has a gradient, added up in a fixed order without a buffer of
             T·S.
         bias_index: which row of the table a pair takes: an integer tensor ``(T, S)``; ``"toeplitz"`` for row
@@ -439,7 +465,7 @@ def softmax_attention(
         cu_seqlens_k=cu_seqlens_k,
         dropout_p=dropout_p,
     )
-    out, lse = _run(args, backend)
+    out, lse, *_ = _run(args, backend)
     return (out, lse) if return_lse else out
 
 
@@ -460,7 +486,7 @@ OP = dispatch.register(
                 "torch",
                 _why_not_torch,
                 _torch_forward,
-                _triton_backward,
+                _torch_backward,
                 frozenset({"cuda"}),
                 HALF_DTYPES,
                 extra=True,

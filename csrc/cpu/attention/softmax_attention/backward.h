@@ -7,6 +7,8 @@
 
 namespace accel::ACCEL_ISA::softmax {
 
+constexpr float FAR = 128.0f;  // a log-sum-exp of that size is still exact to 4e-6
+
 template <typename T>
 class Backward {
   static constexpr bool PAIRS = IN_PAIRS<T>;
@@ -34,7 +36,8 @@ class Backward {
         grad_q(group * p.queries, p.head_dim),
         grad_k(BLOCK_KEYS, p.head_dim),
         grad_v(BLOCK_KEYS, p.value_dim),
-        top(group * p.queries) {}
+        top(group * p.queries),
+        share(p.peak ? group * p.queries : 0) {}
 
   void run(int64_t from, int64_t to) {
     const int64_t batches = (p.batch + b.batch_runs - 1) / b.batch_runs;
@@ -68,7 +71,14 @@ class Backward {
         pack_row<T>(q, row, row_of<T>(p.q, batch, h, i), logits.factor());
         pack_row<T>(grad_o, row, row_of<T>(b.grad_out, batch, h, i), 1.0f);
         grad_q.clear(row);
-        top[row] = p.lse[at] == NEG_INF ? std::numeric_limits<float>::infinity() : p.lse[at] * LOG2_E;
+        const bool nothing = p.lse[at] == NEG_INF;
+        top[row] = nothing ? std::numeric_limits<float>::infinity() : p.lse[at] * LOG2_E;
+        if (p.peak) {
+          const float most = p.peak[at], rest = p.peak[p.batch * p.heads * p.queries + at];
+          const bool far = std::abs(most) > FAR && !nothing;
+          if (!nothing) top[row] = far ? most : most + rest;
+          share[row] = far ? std::exp2(-rest) : 1.0f;
+        }
       }
     const int64_t end = std::min(p.keys, (key_run + 1) * b.keys_per_run);
     for (int64_t first = key_run * b.keys_per_run; first < end; first += BLOCK_KEYS)
@@ -125,6 +135,10 @@ class Backward {
       } else {
         through_softmax(weight, grad, top[row + i], delta[i], s);
       }
+      if (p.peak && share[row + i] != 1.0f) {
+        scale(weight, share[row + i], s);
+        scale(grad, share[row + i], s);
+      }
     }
     logits.spoil_pairs(logits.x);
     logits.spoil_pairs(grad_s);
@@ -158,6 +172,10 @@ class Backward {
       store(weight + j, x == none ? zero : w);
       store(grad + j, x == none ? zero : g);
     }
+  }
+
+  static void scale(float* x, float factor, const Span& s) {
+    for (int j = s.from; j < s.to; j += W) store(x + j, load(x + j) * factor);
   }
 
   void drop(int64_t batch, int64_t h, int64_t query, int64_t first, int i, float* weight, float* grad, float top,
@@ -228,7 +246,10 @@ class Backward {
   const int tile_ld;
   Buffer k_t, v_t, grad_s, kept;
   Rows<> grad_q, grad_k, grad_v;
-  Buffer top;  // log-sum-exp in units of log2(e); +∞ for rows that see nothing, whose weights are then 0
+  // What the weights of a row are relative to, in units of log2(e): the log-sum-exp; +∞ for rows that see nothing, whose
+  // weights are then 0; and of rows whose largest logit is far from 0 that logit, since the sum of both would lose the
+  // other part, which is their share.
+  Buffer top, share;
   int64_t key_run = 0, part = 0;
 };
 

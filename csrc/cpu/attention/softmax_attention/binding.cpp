@@ -131,7 +131,7 @@ std::vector<float> columns(const float* from, int64_t heads, int64_t length, int
   for (int64_t h = 0; h < heads; ++h) {
     float* dst = out.data() + h * (length + 2 * margin) + margin;
     const float* src = from + h * head_stride;
-    for (int64_t n = 0; n < length; ++n) dst[turned ? length - 1 - n : n] = src[n * stride] * unit;
+    for (int64_t n = 0; n < length; ++n) dst[turned ? length - 1 - n : n] = in_unit(src[n * stride], unit);
   }
   return out;
 }
@@ -281,23 +281,26 @@ std::vector<int> cut_chunks(Call& call) {
   return edges;
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor line,
-                                   OptionalTensor table, OptionalTensor sinks, OptionalTensor mask,
-                                   OptionalTensor index, OptionalTensor rows, OptionalTensor seed, Ints grid,
-                                   std::string, double scale, double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor bias, OptionalTensor line,
+                                           OptionalTensor table, OptionalTensor sinks, OptionalTensor mask,
+                                           OptionalTensor index, OptionalTensor rows, OptionalTensor seed, Ints grid,
+                                           std::string, double scale, double softcap, double dropout_p) {
   Call call = describe(q, k, v, bias, line, table, sinks, mask, index, rows, seed, grid, scale, softcap, dropout_p);
   Params& p = call.p;
   Tensor out = allocate(q, p.batch, p.heads, p.queries, p.value_dim);
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.queries}, ScalarType::Float);
+  const bool adds = bias || line || table;
+  Tensor peak = torch::stable::new_empty(q, adds ? Ints{2, p.batch, p.heads, p.queries} : Ints{0}, ScalarType::Float);
   p.out = strided(out, "out");
   p.lse = mutable_floats(lse);
+  p.peak = adds ? mutable_floats(peak) : nullptr;
   const std::vector<int> edges = cut_chunks(call);
   p.chunk_edges = edges.data();
   p.chunks = int64_t(edges.size()) - 1;
   const int64_t pairs = p.batch * p.kv_heads;
   auto run = ACCEL_LEVEL(softmax::softmax_attention_forward);
   torch::stable::parallel_for(0, pairs * p.chunks, 1, [&](int64_t from, int64_t to) { run(p, from, to); });
-  return {out, lse};
+  return {out, lse, peak};
 }
 
 // One owner for every sum: what is broadcast over an axis makes one task of that axis. Runs of keys, and runs of the
@@ -328,8 +331,8 @@ void reduce(const float* from, int64_t parts, int64_t part_stride, int64_t lengt
 
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Grads backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Tensor v, OptionalTensor bias,
-               OptionalTensor line, OptionalTensor table, OptionalTensor sinks, OptionalTensor mask,
+Grads backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor peak, Tensor q, Tensor k, Tensor v,
+               OptionalTensor bias, OptionalTensor line, OptionalTensor table, OptionalTensor sinks, OptionalTensor mask,
                OptionalTensor index, OptionalTensor rows, OptionalTensor seed, Ints grid, std::string, double scale,
                double softcap, double dropout_p, bool want_bias, bool want_line, bool want_table) {
   Call call = describe(q, k, v, bias, line, table, sinks, mask, index, rows, seed, grid, scale, softcap, dropout_p);
@@ -338,6 +341,10 @@ Grads backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Te
   check_f32(delta, "delta", per_query);
   check_f32(lse, "lse", per_query);
   p.lse = mutable_floats(lse);
+  if (bias || line || table) {
+    check_f32(peak, "peak", 2 * per_query);
+    p.peak = mutable_floats(peak);
+  }
   want_bias = want_bias && bias;
   want_line = want_line && line;
   want_table = want_table && table;
@@ -403,8 +410,8 @@ Grads backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor q, Tensor k, Te
   "Tensor? bias_index, Tensor? rows, Tensor? seed, int[] grid, str rule, float scale, float softcap, float dropout_p"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(accel_native, m) {
-  m.def("softmax_attention_forward(" ACCEL_SOFTMAX_ARGUMENTS ") -> (Tensor, Tensor)");
-  m.def("softmax_attention_backward(Tensor grad_out, Tensor delta, Tensor lse, " ACCEL_SOFTMAX_ARGUMENTS
+  m.def("softmax_attention_forward(" ACCEL_SOFTMAX_ARGUMENTS ") -> (Tensor, Tensor, Tensor)");
+  m.def("softmax_attention_backward(Tensor grad_out, Tensor delta, Tensor lse, Tensor peak, " ACCEL_SOFTMAX_ARGUMENTS
         ", bool want_bias, bool want_line, bool want_table) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -184,7 +184,9 @@ class Forward {
           most = whole;
         }
       }
-      p.lse[at] = most == NEG_INF ? NEG_INF : (most + std::log2(sum)) * LN_2;
+      const float rest = std::log2(sum);
+      p.lse[at] = most <= LEAST ? most : (most + rest) * LN_2;
+      if (p.peak) p.peak[at] = most, p.peak[p.batch * p.heads * p.queries + at] = rest;
       T* dst = static_cast<T*>(p.out.data) + b * p.out.batch + h * p.out.head + (tile.query + i) * p.out.token;
       store_row(dst, out.at(row), p.value_dim, most == NEG_INF ? 0.0f : shrink / sum);
     }

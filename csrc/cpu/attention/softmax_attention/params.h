@@ -1,7 +1,9 @@
 // What the binding hands to a kernel: plain pointers and sizes, no torch type.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "cpu/_dtype.h"
 #include "cpu/_isa.h"
@@ -26,6 +28,13 @@ struct Tile {
 constexpr int LINE_MARGIN = 128;
 constexpr int TILE_ROWS = 64;  // at most that many queries a tile
 constexpr int BLOCK_KEYS = 256;
+
+// x in the unit of logits. What is finite stays so: the least number of fp32, which masks add, times log2(e) is not, and
+// −∞ hides a key. Static, so that no level of the kernels runs the code of another.
+[[maybe_unused]] static float in_unit(float x, float unit) {
+  constexpr float LEAST = std::numeric_limits<float>::lowest();
+  return std::max(x * unit, std::min(x, LEAST));
+}
 
 struct Params {
   int64_t batch, heads, kv_heads, queries, keys;  // B, Hq, Hkv, T, S
@@ -61,6 +70,9 @@ struct Params {
   int64_t chunks, chunk_tiles;  // and the most tiles of one
   Strided out;
   float* lse;  // (B, Hq, T)
+  // (2, B, Hq, T) where something is added to the logits, else null: the log-sum-exp in two parts, the largest logit and
+  // the rest, in units of log2(e).
+  float* peak;
 };
 
 // A backward task is a run of batch entries, a run of kv heads and a run of keys. All follow from shapes alone, so that

@@ -18,6 +18,7 @@
 namespace accel::ACCEL_ISA::softmax {
 
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
+constexpr float LEAST = std::numeric_limits<float>::lowest();
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 // Rows of one operand, with a note of those that held something not finite.
@@ -140,6 +141,8 @@ inline vf tanh(vf x) {
   const vf y = a < 0.45f ? small : large;
   return reinterpret_cast<vf>(reinterpret_cast<vi>(y) | reinterpret_cast<vi>(sign));
 }
+
+inline vf in_units(vf x, float unit) { return max(x * unit, min(x, splat(LEAST))); }
 
 inline vi lanes() {
   vi x;
@@ -316,10 +319,10 @@ class Logits {
                            block * p.bias_stride[3];
         if (p.bias_stride[3] == 1) {
           int j = s.from;
-          for (; j + W <= to; j += W) store(row + j, load(row + j) + load(src + j) * unit);
-          for (; j < to; ++j) row[j] += src[j] * unit;
+          for (; j + W <= to; j += W) store(row + j, load(row + j) + in_units(load(src + j), unit));
+          for (; j < to; ++j) row[j] += in_unit(src[j], unit);
         } else {
-          for (int j = s.from; j < to; ++j) row[j] += src[j * p.bias_stride[3]] * unit;
+          for (int j = s.from; j < to; ++j) row[j] += in_unit(src[j * p.bias_stride[3]], unit);
         }
       }
       if (p.table) add_table(h, tile.query + i, block, s.from, to, row);
@@ -357,7 +360,7 @@ class Logits {
         const vf t = tanh(load(row + j) * inverse);
         vf y = t * p.softcap;
         if (add) y += load(add + j);
-        store(row + j, y * LOG2_E);
+        store(row + j, in_units(y, LOG2_E));
         store(slope + j, 1.0f - t * t);
       }
     }
