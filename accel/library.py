@@ -57,7 +57,7 @@ def differentiable(
     always: int = 0,
     outputs: Sequence[str] = ("out",),
     differentiable_outputs: int = 1,
-    keep_outputs: bool = False,
+    keep_outputs: Sequence[str] = (),
     sizes_only: Sequence[str] = (),
     lay_out: Callable[[Tensor, A], Tensor] = _contiguous,
 ) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ def differentiable(
     public function.
 
     A backend's ``forward`` receives the fields of ``args``. Its ``backward`` receives the gradient of each
-    differentiable output, the outputs if they are kept, the fields, and ``needs``, a bool for each gradient that is
+    differentiable output, the outputs that are kept, the fields, and ``needs``, a bool for each gradient that is
     not always made; it returns a gradient for each of the first fields. That of a small parameter may be fp32 beside
     a parameter in half precision: it is cast here.
 
@@ -80,7 +80,8 @@ def differentiable(
         always: how many of the first gradients are made whether or not they are needed.
         outputs: their names.
         differentiable_outputs: how many of the first outputs have a gradient. Of several, one may be None.
-        keep_outputs: the backward reads the outputs.
+        keep_outputs: those that the backward reads. One that the user gets must not be changed in place before the
+            backward: torch refuses that then, as for its own softmax.
         sizes_only: the tensors of which the backward reads the sizes alone; it receives them behind the other tensors.
             ``backward_fake`` and ``backward_flops`` see a tensor of these sizes.
         lay_out: brings the gradient of an output into the layout that backends expect, ``lay_out(grad, args)``.
@@ -155,7 +156,7 @@ class _Layout:
     sized: list[int]  # those of which it receives the sizes
     outputs: Sequence[str]
     differentiable_outputs: int
-    kept_outputs: int
+    kept_outputs: list[int]  # those that the backward receives
     asks: bool  # whether the backward is told which gradients are needed
 
     @property
@@ -169,7 +170,7 @@ class _Layout:
     def backward_arguments(self) -> str:
         grad = "Tensor" if self.differentiable_outputs == 1 else "Tensor?"
         parts = [f"{grad} grad_{output}" for output in self.outputs[: self.differentiable_outputs]]
-        parts += [f"Tensor {output}" for output in self.outputs[: self.kept_outputs]]
+        parts += [f"Tensor {self.outputs[i]}" for i in self.kept_outputs]
         parts += [f"{self.kinds[i]} {self.fields[i]}" for i in self.kept]
         parts += [f"SymInt[] {self.fields[i]}_size" for i in self.sized]
         parts += [f"{self.kinds[i]} {self.fields[i]}" for i in range(self.tensors, len(self.fields))]
@@ -177,7 +178,7 @@ class _Layout:
 
     def read(self, given: Sequence[Any]) -> tuple[list[Any], list[bool]]:
         """The fields, and the needs, from the arguments of a backward op."""
-        *rest, _ = given[self.differentiable_outputs + self.kept_outputs :]
+        *rest, _ = given[self.differentiable_outputs + len(self.kept_outputs) :]
         needs = rest.pop() if self.asks else []
         kept, sizes, others = rest[: len(self.kept)], rest[len(self.kept) : self.tensors], rest[self.tensors :]
         found = dict(zip(self.kept, kept, strict=True))
@@ -189,7 +190,7 @@ def _read_layout(
     args: Callable[..., Any],
     outputs: Sequence[str],
     differentiable_outputs: int,
-    keep_outputs: bool,
+    keep_outputs: Sequence[str],
     sizes_only: Sequence[str],
     asks: bool,
 ) -> _Layout:
@@ -200,7 +201,7 @@ def _read_layout(
         raise TypeError(f"tensors come first in {args}, got {', '.join(fields)}")
     sized = [fields.index(field) for field in sizes_only]
     kept = [i for i in tensors if i not in sized]
-    kept_outputs = len(outputs) if keep_outputs else 0
+    kept_outputs = [outputs.index(output) for output in keep_outputs]
     return _Layout(fields, kinds, kept, sized, outputs, differentiable_outputs, kept_outputs, asks)
 
 
@@ -255,7 +256,7 @@ def _autograd(
                 ctx.mark_non_differentiable(*made[upstream:])
             if upstream > 1:
                 ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*made[:kept_outputs], *[inputs[i] for i in kept])
+            ctx.save_for_backward(*[made[i] for i in kept_outputs], *[inputs[i] for i in kept])
             ctx.sizes = [list(inputs[i].shape) for i in sized]
             ctx.rest = inputs[tensors:]
 
@@ -265,7 +266,7 @@ def _autograd(
             *rest, backend = ctx.rest
             needed = ctx.needs_input_grad
             fields: list[Any] = [None] * tensors
-            for i, x in zip(kept, saved[kept_outputs:], strict=True):
+            for i, x in zip(kept, saved[len(kept_outputs) :], strict=True):
                 fields[i] = x
             if transforms.batched():  # under jacrev, say, which runs the forward without
                 for i, size in zip(sized, ctx.sizes, strict=True):  # of which no gradient depends on the values

@@ -356,6 +356,32 @@ def check_inplace(function: Callable[..., Any], case: Case, backend: str, device
         assert "modified by an inplace operation" in str(error), repr(error)
 
 
+def check_changed_output(function: Callable[..., Any], case: Case, backend: str, device: str = "cpu") -> None:
+    """Changing the output in place gives the gradients of doing so out of place. Where the backward reads the output,
+    torch refuses, as for its own softmax."""
+    tensors, kwargs, grad_out = prepared(function, case, torch.float32, device)
+    require(function, backend, tensors, kwargs)
+
+    def changed(backend: str | None = None, **given: Tensor) -> Any:
+        return function(**given, **kwargs, backend=backend).mul_(2.0).add_(1.0)
+
+    def computed(backend: str | None = None, **given: Tensor) -> Any:
+        return function(**given, **kwargs, backend=backend) * 2.0 + 1.0
+
+    want = run(computed, tensors, {}, backend, grad_out=grad_out)
+    got: list[Run] = []
+    error = _error(lambda: got.append(run(changed, tensors, {}, backend, grad_out=grad_out)))
+    if error is None:
+        for name, expected in want.named().items():
+            assert_close(got[0].named()[name], expected, f"{case.family}_grad", torch.float32, f"changed in place: {name}")
+    else:
+        assert "modified by an inplace operation" in str(error), repr(error)
+        schema = getattr(torch.ops.accel, f"{op_of(function).name}_backward").default._schema
+        read = [argument.name for argument in schema.arguments]
+        assert backend != "reference", repr(error)
+        assert "out" in read, f"{backend} keeps its output, and its backward reads {read}"
+
+
 def check_guard_pages(function: Callable[..., Any], cases: Iterable[Case], backend: str) -> None:
     """No read or write past either end of any tensor: each case's registered ops, in one of its dtypes in turn, run
     again in a process of their own on tensors that touch an unreadable page, first at their end, then at their start.
@@ -387,6 +413,7 @@ BEHAVIOUR: tuple[Callable[..., None], ...] = (
     check_checkpoint,
     check_autocast,
     check_inplace,
+    check_changed_output,
 )
 
 

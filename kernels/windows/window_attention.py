@@ -256,13 +256,14 @@ def forward(*args: Any) -> tuple[Tensor, Tensor]:
     return out.to(given.qkv.dtype), lse
 
 
-def backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def backward(grad_out: Tensor, lse: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """Gradients of qkv and, where needed, of table, dense bias, head_scale and qkv_bias (fp32, else empty).
 
-    ``out`` is rounded and so not what the gradients start from; it is recomputed.
+    The output is rounded and so not what the gradients start from; it is recomputed.
     """
-    *args, needs = rest
-    given = Args(qkv, *args)
+    *fields, needs = args
+    given = Args(*fields)
+    qkv = given.qkv
     grad_table, grad_bias, grad_head, grad_fill = (lse.new_empty(0) for _ in range(4))
     with _launch.device_of(qkv):
         plan = _backward_plan(grad_out, lse, given, needs)

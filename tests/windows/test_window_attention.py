@@ -329,3 +329,19 @@ def test_map_without_pixels_is_empty(backend, size):
     assert out.shape == (2, *size, 32)
     out.sum().backward()
     assert qkv.grad.shape == qkv.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", BEHAVIOUR, ids=str)
+def test_the_output_may_be_changed_in_place(case, backend):
+    """No backward reads it."""
+    tensors, kwargs = case.make(torch.float32, "cpu", 0)
+    available(backend, tensors, kwargs)
+    grads = []
+    for change in (lambda out: 2 * out, lambda out: out.mul_(2)):
+        given = {n: x.clone().requires_grad_() for n, x in tensors.items()}
+        torch.manual_seed(0)
+        out = change(accel.window_attention(**given, **kwargs, backend=backend))
+        grads.append(torch.autograd.grad(out.sum(), list(given.values()), allow_unused=True))
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)

@@ -174,8 +174,8 @@ def _cpu_forward(qkv: Tensor, *args: Any) -> Any:
     return torch.ops.accel_native.window_attention_forward.default(qkv, *_fp32(*args[:4]), *args[4:])
 
 
-def _cpu_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *args: Any) -> Any:
-    *args_, needs = args  # out and lse are not read: whole rows of logits are at hand again, and recomputed exactly
+def _cpu_backward(grad_out: Tensor, lse: Tensor, qkv: Tensor, *args: Any) -> Any:
+    *args_, needs = args  # lse is not read: whole rows of logits are at hand again, and recomputed exactly
     native = torch.ops.accel_native.window_attention_backward.default
     return native(grad_out, qkv, *_fp32(*args_[:4]), *args_[4:], *needs)
 
@@ -185,10 +185,6 @@ _triton = backends.triton(__name__)
 
 def _why_not_triton(args: Args) -> str | None:
     return _triton.why_not(args) or _why_not_size(args)
-
-
-def _triton_backward(grad_out: Tensor, out: Tensor, lse: Tensor, qkv: Tensor, *args: Any) -> Any:
-    return _triton.backward(grad_out, qkv, out, lse, *args)
 
 
 # --- declaration ---
@@ -312,7 +308,7 @@ _run = library.differentiable(
     gradients=5,
     always=1,
     outputs=["out", "lse"],
-    keep_outputs=True,
+    keep_outputs=["lse"],
     fake=_fake,
     flops=lambda args: 2 * _product_flops(args),
     backward_fake=_backward_fake,
@@ -413,7 +409,7 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend(
-                "triton", _why_not_triton, _triton.forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
+                "triton", _why_not_triton, _triton.forward, _triton.backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
