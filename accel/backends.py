@@ -133,13 +133,19 @@ def inner_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def integer(value: Any) -> Any:
+    """``value`` as an integer, a TypeError if it is none. One that tracing lets vary stays a symbol, where
+    ``operator.index`` would make it a constant."""
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
 def pair(values: int | Sequence[int], name: str, least: int) -> list[int]:
     """One integer for both axes, or two of them (y, x); none below ``least``."""
     try:
         if isinstance(values, Sequence):
-            out = [operator.index(v) for v in values]
+            out = [integer(v) for v in values]
         else:
-            out = [operator.index(values)] * 2
+            out = [integer(values)] * 2
     except TypeError:
         raise TypeError(f"{name} must be an integer or two of them (y, x), got {name}={values!r}") from None
     if len(out) != 2:

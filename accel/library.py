@@ -135,13 +135,14 @@ def differentiable(
 _SCHEMA: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
-    int: "int",
-    float: "float",
+    int: "SymInt",
+    float: "Scalar",
     bool: "bool",
     str: "str",
-    list[int]: "int[]",
+    list[int]: "SymInt[]",
 }
-"""How a field of ``Args`` is annotated, and what it is in a schema."""
+"""How a field of ``Args`` is annotated, and what it is in a schema: of the kinds for numbers those that take a symbol,
+so that a graph need not be made anew where sizes vary."""
 
 
 def _tensors(count: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel import backends, dispatch, library
-from accel.backends import KERNEL_DTYPES
+from accel.backends import KERNEL_DTYPES, integer
 from accel.ops.boxes.bins import SLACK, check_arguments, weighted_mean, without_data
 
 MOST_SAMPLES = 4096
@@ -90,7 +89,7 @@ def _prepare(
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
     try:
-        ratio = operator.index(sampling_ratio)
+        ratio = integer(sampling_ratio)
     except TypeError:
         raise TypeError(f"sampling_ratio must be an integer, got {sampling_ratio=}") from None
     if ratio > MOST_SAMPLES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from accel import backends, dispatch, library, memo
-from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype
+from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype, integer
 from accel.ops.deformable import sampling
 
 CUDA_LEVELS = 16  # as in csrc/cuda/deformable/ms_deform_attn.h
@@ -98,9 +97,10 @@ _shapes_seen = memo.Recent()
 
 
 def _on_device(values: Sequence[int], like: Tensor) -> Tensor:
-    """Integers as an int64 tensor beside ``like``, without a copy from the host that a GPU would have to wait for at
-    every call."""
-    if like.device.type == "cpu":
+    """Integers as an int64 tensor beside ``like``, without a copy from the host, which a GPU would have to wait for at
+    every call, and which would make constants of symbols."""
+    varying = torch.compiler.is_compiling() or any([isinstance(v, torch.SymInt) for v in values])
+    if like.device.type == "cpu" and not varying:
         return torch.tensor(values, dtype=torch.int64)
 
     def make() -> Tensor:
@@ -133,7 +133,7 @@ def _read_shapes(given: Tensor | Sequence[Sequence[int]], value: Tensor) -> tupl
             raise ValueError(f"spatial_shapes must be (L, 2) with at least one level, got {tuple(given.shape)=}")
         return given.to(torch.int64).contiguous(), _read(given)
     try:
-        rows = [[operator.index(v) for v in row] for row in given]
+        rows = [[integer(v) for v in row] for row in given]
     except TypeError:
         raise TypeError(f"spatial_shapes must hold (H, W) of each level as integers, got {given!r}") from None
     if not rows or any([len(row) != 2 for row in rows]):
@@ -158,7 +158,7 @@ def _read_starts(
         starts, at = given.to(torch.int64).contiguous(), _read(given)
     else:
         try:
-            at = [operator.index(v) for v in given]
+            at = [integer(v) for v in given]
         except TypeError:
             raise TypeError(f"level_start_index must hold an integer for each level, got {given!r}") from None
         starts = _on_device(at, value)
@@ -187,9 +187,9 @@ def _read_points(num_points: int | Sequence[int] | None, levels: int, locations:
         return [locations.shape[4]] * levels
     try:
         if isinstance(num_points, Sequence):
-            out = [operator.index(v) for v in num_points]
+            out = [integer(v) for v in num_points]
         else:
-            out = [operator.index(num_points)] * levels
+            out = [integer(num_points)] * levels
     except TypeError:
         raise TypeError(f"num_points must be an integer or one for each level, got {num_points=}") from None
     if len(out) != levels or min(out) < 0:
@@ -322,7 +322,12 @@ def ms_deform_attn(
     Follows Zhu et al., Deformable DETR (2020); points that differ by level are D-FINE's and RT-DETRv2's.
     """
     args = _prepare(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights, num_points=num_points
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        num_points=num_points,
     )
     return _run(args, backend)
 

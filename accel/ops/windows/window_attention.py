@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel import backends, dispatch, library, philox
-from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype
+from accel.backends import KERNEL_DTYPES, check_beside, check_floating, inner_dtype, integer
 from accel.ops.grid import relative_position_index
 
 LN_100 = math.log(100.0)
@@ -215,7 +215,10 @@ def _triple(values: Sequence[int], name: str, rank: int, fill: int) -> list[int]
     """``values`` for the two or three axes of a map of ``rank`` 4 or 5, with the missing first axis filled in."""
     if isinstance(values, int) or len(values) != rank - 2:
         raise ValueError(f"{name} must hold {rank - 2} integers for qkv of rank {rank}, got {name}={values!r}")
-    out = [int(v) for v in values]
+    try:
+        out = [integer(v) for v in values]
+    except TypeError:
+        raise TypeError(f"{name} must hold integers, got {name}={values!r}") from None
     return out if rank == 5 else [fill, *out]
 
 
