@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accel.patches import multi_scale
@@ -124,21 +125,12 @@ def _why_not_d_fine_call(attn: Any, hidden_states: Tensor, **given: Any) -> str 
     return _why_not_boxes_call(attn, hidden_states, **given)
 
 
-def _in_boxes(
-    attn: Any,
-    attend: Callable[..., Tensor],
-    queries: Tensor,
-    value: Tensor,
-    boxes: Tensor,
-    shapes: Any,
-    points: list[int],
-    scale: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The op for offsets that are parts of the sizes of ``boxes`` ``(N, Q, 1, 4)``, and its weights."""
+def _in_boxes(attn: Any, queries: Tensor, boxes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Locations and weights, for offsets that are parts of the sizes of ``boxes`` ``(N, Q, 1, 4)``."""
     offsets = attn.sampling_offsets(queries).unflatten(-1, (attn.n_heads, -1, 2))
     weights = attn.attention_weights(queries).unflatten(-1, (attn.n_heads, -1)).softmax(-1)
     offsets = offsets * scale.to(queries.dtype).unsqueeze(-1) * boxes[:, :, None, :, 2:] * attn.offset_scale
-    return attend(value, shapes, None, boxes[:, :, None, :, :2] + offsets, weights, num_points=points), weights
+    return boxes[:, :, None, :, :2] + offsets, weights
 
 
 def _rt_detr(
@@ -158,17 +150,17 @@ def _rt_detr(
         hidden_states = hidden_states + position_embeddings
     padding = None if attention_mask is None else ~attention_mask
     value = multi_scale.heads_of(attn.value_proj(encoder_hidden_states), attn.n_heads, padding)
-    out, weights = _in_boxes(
-        attn,
-        attend,
-        hidden_states,
-        value,
-        reference_points,
-        spatial_shapes_list,
-        attn.n_points_list,
-        attn.n_points_scale,
-    )
+    locations, weights = _in_boxes(attn, hidden_states, reference_points, attn.n_points_scale)
+    out = attend(value, spatial_shapes_list, None, locations, weights, num_points=attn.n_points_list)
     return attn.output_proj(out), weights
+
+
+def _sum_dtype(value: Tensor, locations: Tensor, weights: Tensor) -> torch.dtype:
+    """What the class sums in, and returns as no projection follows: the widest of the three, and float32 for what
+    ``grid_sample`` makes on a CPU under autocast."""
+    wide = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), weights.dtype)
+    on_cpu = value.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    return torch.promote_types(wide, torch.float32) if on_cpu else wide
 
 
 def _d_fine(
@@ -183,8 +175,9 @@ def _d_fine(
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
     value = multi_scale.heads_of(encoder_hidden_states, attn.n_heads, None)
-    shapes, points = spatial_shapes_list, attn.num_points_list
-    return _in_boxes(attn, attend, hidden_states, value, reference_points, shapes, points, attn.num_points_scale)
+    locations, weights = _in_boxes(attn, hidden_states, reference_points, attn.num_points_scale)
+    out = attend(value, spatial_shapes_list, None, locations, weights, num_points=attn.num_points_list)
+    return out.to(_sum_dtype(value, locations, weights)), weights
 
 
 def _entry(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("transformers")
 
@@ -117,15 +118,15 @@ def attention(target, **options):
     return randomize(cls(config))
 
 
-def call(width, levels=3, **others):
-    shapes = torch.tensor(LEVELS)
+def call(width, levels=3, maps=LEVELS, **others):
+    shapes = torch.tensor(maps)
     sizes = shapes[:, 0] * shapes[:, 1]
     return {
         "hidden_states": noise(2, 9, 32),
         "encoder_hidden_states": noise(2, int(sizes.sum()), 32, seed=1),
         "reference_points": noise(2, 9, levels, width, seed=2).sigmoid(),
         "spatial_shapes": shapes,
-        "spatial_shapes_list": list(LEVELS),
+        "spatial_shapes_list": list(maps),
         "level_start_index": sizes.cumsum(0) - sizes,
         **others,
     }
@@ -215,6 +216,42 @@ def test_compiled_attention_is_one_graph(name):
     same_outputs(found, reference)
     near(grads, expected, 1e-9)
     assert not report.uncalled()
+
+
+@torch.no_grad()
+def test_two_graphs_serve_every_size():
+    """As many as the class needs; sizes of levels come as integers."""
+    attn = attention(target_of("d_fine")).float()
+    accel.patch(attn, strict=True)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(attn, backend=counter, dynamic=True)
+    for grown in range(3):
+        given = to(torch.float32, call(4, 1, [(height + grown, width + 2 * grown) for height, width in LEVELS]))
+        same_outputs(floats(compiled(**given)), floats(attn(**given)))
+    torch._dynamo.reset()
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dtypes_under_autocast_are_those_of_the_class(name):
+    model, inputs, _ = build(name)
+    model, inputs = model.float(), to(torch.float32, inputs)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = [x.dtype for x in floats(model(**inputs))]
+        accel.patch(model, ops=OP)
+        assert [x.dtype for x in floats(model(**inputs))] == expected
+
+
+@pytest.mark.parametrize("name", ["d_fine", "deimv2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_the_dtype_of_a_sum_that_no_projection_follows(name, dtype):
+    target = target_of(name)
+    attn, given = attention(installed(target)).float(), to(dtype, calls_of(target)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [x.dtype for x in attn(**given)]
+        accel.patch(attn, strict=True)
+        assert [x.dtype for x in attn(**given)] == expected
 
 
 def test_checkpointing_recomputes():
