@@ -102,6 +102,24 @@ def test_a_new_layer_is_half_of_a_convolution(options, deform_groups):
     torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_a_new_layer_gives_no_gradient_to_offsets_at_the_border():
+    """At exactly −1, where taps stand that reach one pixel past the map: as in mmcv, not as in torchvision."""
+    module = build(ModulatedDeformConv2d, padding=1).double()
+    x, offset, _ = positions(module, (4, 5))
+    seen = []
+    module.conv_offset.register_forward_hook(lambda module, given, out: seen.append(out) or out.retain_grad())
+    module(x).square().sum().backward()
+    tap = torch.arange(9)[:, None, None]
+    row, column = torch.arange(4)[:, None] - 1 + tap // 3, torch.arange(5) - 1 + tap % 3
+    border = (row == -1) | (column == -1)
+    grad = seen[0].grad[:, :18].unflatten(1, (9, 2)).transpose(1, 2)
+    assert grad[..., border].count_nonzero() == 0
+    assert grad[..., ~border].count_nonzero() > 0
+    offset = torch.zeros_like(offset).requires_grad_()
+    accel.deform_conv2d(x, offset, module.weight, padding=1).square().sum().backward()
+    assert offset.grad.unflatten(1, (9, 2)).transpose(1, 2)[..., border].count_nonzero() > 0
+
+
 def trained(dtype=torch.float64, **options):
     """A layer whose every parameter is random."""
     module = build(ModulatedDeformConv2d, **options).to(dtype)

@@ -107,7 +107,8 @@ class ModulatedDeformConv2d(_DeformConv):
 
     A convolution ``conv_offset`` of the same kernel, stride, padding and dilation gives 3·G·K channels, K = kh·kw:
     the first two thirds are the offsets as :func:`accel.deform_conv2d` takes them, the sigmoid of the rest the mask.
-    It starts at zero, so that a new layer is half of a plain convolution.
+    It starts at zero, so that a new layer is half of a plain convolution. As in mmcv, taps at exactly −1, where a new
+    layer with padding has many, give their offsets no gradient.
 
     Args:
         in_channels: C of the input.
@@ -164,9 +165,8 @@ class ModulatedDeformConv2d(_DeformConv):
     def forward(self, input: Tensor) -> Tensor:
         first, second, mask = self.conv_offset(input).chunk(3, dim=1)
         offset = torch.cat((first, second), dim=1)
-        return deform_conv2d(
-            input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask.sigmoid()
-        )
+        how = (self.stride, self.padding, self.dilation)
+        return deform_conv2d(input, offset, self.weight, self.bias, *how, mask.sigmoid(), border_gradient=False)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (f", deform_groups={self.deform_groups}" if self.deform_groups != 1 else "")

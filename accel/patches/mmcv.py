@@ -1,6 +1,7 @@
 """mmcv: deformable convolutions, given their offsets or predicting them, and multi-scale deformable attention.
 
 ``conv_offset`` and all projections are called as the modules they are. Any batch is taken, whatever ``im2col_step``.
+An offset to exactly −1 has no gradient in mmcv's kernels, where torchvision and ``grid_sample`` have one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def _convolve(
 ) -> Tensor:
     bias = getattr(conv, "bias", None)
     x = x.type_as(offset)  # the class computes in the dtype of the offsets
-    return attend(x, offset, conv.weight.type_as(x), bias, conv.stride, conv.padding, conv.dilation, mask)
+    how = (conv.stride, conv.padding, conv.dilation)
+    return attend(x, offset, conv.weight.type_as(x), bias, *how, mask, border_gradient=False)
 
 
 def _conv(conv: Any, attend: Callable[..., Tensor], x: Tensor, offset: Tensor) -> Tensor:
@@ -108,7 +110,9 @@ def _attention(
         spatial_shapes,
         (attn.num_heads, attn.num_levels, attn.num_points),
     )
-    out = attn.output_proj(attend(value, spatial_shapes, level_start_index, locations, weights))
+    # On a GPU the class runs its own kernel, on a CPU grid_sample, which moves a sample at exactly −1.
+    border = value.device.type != "cuda"
+    out = attn.output_proj(attend(value, spatial_shapes, level_start_index, locations, weights, border_gradient=border))
     return attn.dropout(out if attn.batch_first else out.transpose(0, 1)) + identity
 
 

@@ -373,7 +373,9 @@ def check_changed_output(function: Callable[..., Any], case: Case, backend: str,
     error = _error(lambda: got.append(run(changed, tensors, {}, backend, grad_out=grad_out)))
     if error is None:
         for name, expected in want.named().items():
-            assert_close(got[0].named()[name], expected, f"{case.family}_grad", torch.float32, f"changed in place: {name}")
+            assert_close(
+                got[0].named()[name], expected, f"{case.family}_grad", torch.float32, f"changed in place: {name}"
+            )
     else:
         assert "modified by an inplace operation" in str(error), repr(error)
         schema = getattr(torch.ops.accel, f"{op_of(function).name}_backward").default._schema

@@ -27,10 +27,11 @@ from accel.kernels.deformable.sampling import (
 def shifts_kernel(
     grad_offset_ptr, grad_mask_ptr, grad_out_ptr, inputs,
     height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x,
-    CONFIG: tl.constexpr,
+    CONFIG: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
     """Gradients of offset and mask: a program owns a tap, an offset group and a tile of outputs. The gradient of the
-    samples, upstream gradient times weight, is made block by block and summed over channels at once."""
+    samples, upstream gradient times weight, is made block by block and summed over channels at once. At exactly
+    −1 the offset has a gradient if BORDER."""
     TAPS: tl.constexpr = CONFIG.taps
     C: tl.constexpr = CONFIG.channels
     OUT: tl.constexpr = CONFIG.out_channels
@@ -58,7 +59,11 @@ def shifts_kernel(
     shift_y, shift_x, factor = load_shift(inputs.offset, inputs.mask, index, outputs, p, real)
     step = Step(stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x)
     y, x = tap_at(tap, i, j, step, KW)
-    at, inside, dy, dx, near = corners(y + shift_y, x + shift_x, real, height, width)
+    y += shift_y
+    x += shift_x
+    at, inside, dy, dx, moves = corners(y, x, real, height, width)
+    if not BORDER:
+        moves = moves & (y > -1.0) & (x > -1.0)
     at *= C
     image_ptr = inputs.input + n * height * width * C
     down = width * C
@@ -97,8 +102,8 @@ def shifts_kernel(
         tl.store(grad_mask_ptr + index * outputs + p, a + dx * b + dy * c + dx * dy * d, mask=real)
     if grad_offset_ptr is not None:
         at = 2 * index * outputs + p
-        tl.store(grad_offset_ptr + at, tl.where(near, factor * (c + dx * d), 0.0), mask=real)
-        tl.store(grad_offset_ptr + at + outputs, tl.where(near, factor * (b + dy * d), 0.0), mask=real)
+        tl.store(grad_offset_ptr + at, tl.where(moves, factor * (c + dx * d), 0.0), mask=real)
+        tl.store(grad_offset_ptr + at + outputs, tl.where(moves, factor * (b + dy * d), 0.0), mask=real)
 
 
 @triton.jit(do_not_specialize=INTS)

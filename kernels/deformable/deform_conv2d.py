@@ -108,6 +108,7 @@ def _shared(args: Args, input: Tensor, weight: Tensor, capability: tuple[int, in
         "KH": args.weight.shape[2],
         "KW": args.weight.shape[3],
         "LAST": memory_format(args.input) == torch.channels_last,
+        "BORDER": args.border_gradient,
     }
 
 
@@ -268,6 +269,7 @@ def _calls() -> Iterator[tuple[torch.dtype, int, int, dict[str, Any]]]:
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     yield bf16, 128, 128, {"last": True}
     yield bf16, 256, 256, {"last": True}
+    yield bf16, 256, 256, {"last": True, "border": False}
     yield bf16, 256, 256, {}
     yield bf16, 64, 64, {"mask": False, "kernel": 5, "groups": 1, "offset_groups": 2}
     yield bf16, 17, 19, {}
@@ -285,12 +287,13 @@ def _cases(
     kernel: int = 3,
     groups: int = 1,
     offset_groups: int = 1,
+    border: bool = True,
 ) -> Iterator[_launch.CompileCase]:
     """The launches of one call, forward and backward, on tensors that have shapes only."""
     n, height, width, taps = 8, 100, 168, kernel**2
     name = f"{str(dtype)[6:]} {channels} to {out_channels} {kernel}x{kernel}"
     name += f" groups {groups}, {offset_groups}" * (groups + offset_groups > 2)
-    name += " channels-last" * last + " v1" * (not mask)
+    name += " channels-last" * last + " v1" * (not mask) + " without border" * (not border)
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -305,6 +308,7 @@ def _cases(
         stride=[1, 1],
         padding=[kernel // 2] * 2,
         dilation=[1, 1],
+        border_gradient=border,
     )
     out = _result(args)
     integers, long = empty(n * offset_groups * taps, height * width, dtype=torch.int32), empty(1, dtype=torch.int64)

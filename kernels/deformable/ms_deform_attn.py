@@ -51,6 +51,7 @@ def _call(args: Args) -> Call:
         cells=_cells(args),
         samples_of_query=Samples(total, len(args.num_points), ends),
         levels=Levels(args.spatial_shapes, args.level_start_index),
+        border_gradient=args.border_gradient,
     )
 
 
@@ -80,6 +81,7 @@ def compile_cases() -> Iterator[_launch.CompileCase]:
     calls = (
         _cases(bf16, 8, 32, 22223, [4, 4, 4, 4]),
         _cases(bf16, 8, 32, 300, [4, 4, 4, 4]),
+        _cases(bf16, 8, 32, 300, [4, 4, 4, 4], border=False),
         _cases(bf16, 8, 32, 300, [3, 6, 3]),
         _cases(bf16, 4, 200, 900, [5]),
         _cases(fp16, 8, 32, 22223, [4, 4, 4, 4]),
@@ -90,7 +92,7 @@ def compile_cases() -> Iterator[_launch.CompileCase]:
 
 
 def _cases(
-    dtype: torch.dtype, heads: int, head_size: int, queries: int, num_points: list[int]
+    dtype: torch.dtype, heads: int, head_size: int, queries: int, num_points: list[int], border: bool = True
 ) -> Iterator[_launch.CompileCase]:
     """The launches of one call, forward and backward, on tensors that have shapes only."""
     n, pixels, levels, points = 4, 22223, len(num_points), sum(num_points)
@@ -106,6 +108,8 @@ def _cases(
         spatial_shapes=long,
         level_start_index=long,
         num_points=num_points,
+        border_gradient=border,
     )
     name = f"{str(dtype)[6:]} {heads} heads of {head_size} {queries} queries {num_points}"
+    name += " without border" * (not border)
     yield from rows.compile_cases(_call(args), name)

@@ -222,9 +222,10 @@ def points_kernel(
     grad_location_ptr, grad_weight_ptr, grad_out_ptr, value_ptr, location_ptr, weight_ptr, levels,
     heads, pixels, height, width, out_height, out_width, stride_y, stride_x, padding_y, padding_x,
     dilation_y, dilation_x, scale,
-    SAMPLES: tl.constexpr, CUT: tl.constexpr,
+    SAMPLES: tl.constexpr, CUT: tl.constexpr, BORDER: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of locations and weights: a program owns a tile of queries of one head."""
+    """Gradients of locations and weights: a program owns a tile of queries of one head. A pixel position of exactly −1
+    has a gradient if BORDER."""
     POINTS: tl.constexpr = SAMPLES.points
     D: tl.constexpr = CUT.d
     BLOCK_D: tl.constexpr = CUT.block_d
@@ -245,7 +246,9 @@ def points_kernel(
             at = row * POINTS + p
             y, x, high, wide, start, grow_y, grow_x = locate(location_ptr, at, real, p, i, j, geometry, SAMPLES)
             weight = tl.load(weight_ptr + at, mask=real, other=0.0)
-            pixel, inside, dy, dx, near = corners(y, x, real, high, wide)
+            pixel, inside, dy, dx, moves = corners(y, x, real, high, wide)
+            if not BORDER:
+                moves = moves & (y > -1.0) & (x > -1.0)
             pixel = (n * pixels + start + pixel) * stride + head * D
             zero = tl.where(real, 0.0, 0.0)
             sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
@@ -269,8 +272,8 @@ def points_kernel(
             if grad_location_ptr is not None:
                 grad_x = weight * (sum_b + dy * sum_d) * grow_x
                 grad_y = weight * (sum_c + dx * sum_d) * grow_y
-                tl.store(grad_location_ptr + 2 * at, tl.where(near, grad_x, 0.0), mask=real)
-                tl.store(grad_location_ptr + 2 * at + 1, tl.where(near, grad_y, 0.0), mask=real)
+                tl.store(grad_location_ptr + 2 * at, tl.where(moves, grad_x, 0.0), mask=real)
+                tl.store(grad_location_ptr + 2 * at + 1, tl.where(moves, grad_y, 0.0), mask=real)
 
 
 @triton.jit(do_not_specialize=INTS)

@@ -36,6 +36,7 @@ class Call:
     dilation: tuple[int, ...] = (1, 1)
     scale: float = 1.0
     softmax: bool = False
+    border_gradient: bool = True
 
     @property
     def points(self) -> int:
@@ -138,7 +139,7 @@ def points_launch(grad_location: Tensor | None, grad_weight: Tensor | None, grad
     tile = points_tile(call.rows, head_size, call.points, call.value.element_size())
     cut, tiles = _cut(tile, head_size, *call.queries)
     pointers = {"grad_location_ptr": grad_location, "grad_weight_ptr": grad_weight, "grad_out_ptr": grad_out}
-    given = {**shared(call), **pointers, "CUT": cut}
+    given = {**shared(call), **pointers, "CUT": cut, "BORDER": call.border_gradient}
     return launch(rows.points_kernel, n * tiles * heads, tile.warps, **given)
 
 

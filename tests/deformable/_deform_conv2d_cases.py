@@ -85,6 +85,10 @@ def on_integers(tensors):
     whole(1, tensors)
 
 
+def offsets_on_integers(tensors):
+    tensors["offset"].round_()
+
+
 def far_away(tensors):
     tensors["offset"].add_(tensors["offset"].sign() * 50)
 
@@ -156,6 +160,7 @@ CASES = [
     case("exact_17_channels", (17, 19), (3, 4), (2, 2), batch=1, **HALVES, **P1),
     case("exact_quarters", (2, 3), (5, 4), batch=1, **QUARTERS, **P1),
     case("exact_integers", (4, 4), (5, 6), change=on_integers, family="exact", **P1),
+    case("exact_no_border", (4, 4), (5, 6), change=on_integers, family="exact", border_gradient=False, **P1),
     case("exact_far", (4, 4), (5, 6), reach=4.0, batch=1, **HALVES, **P1),
 ]
 

@@ -19,12 +19,14 @@ def hat(at, size):
 
 
 class Sample:
-    """The samples of a ``(C, H, W)`` map at one position."""
+    """The samples of a ``(C, H, W)`` map at one position; without ``border`` one at exactly −1 does not move."""
 
-    def __init__(self, image, y, x):
+    def __init__(self, image, y, x, border=True):
         (weight_y, slope_y), (weight_x, slope_x) = hat(y, image.shape[1]), hat(x, image.shape[2])
         if not (math.isfinite(y) and math.isfinite(x)):
             weight_y, slope_y = torch.zeros_like(weight_y), torch.zeros_like(slope_y)
+        if not border and -1 in (y, x):
+            slope_y, slope_x = torch.zeros_like(slope_y), torch.zeros_like(slope_x)
         self.weights = torch.outer(weight_y, weight_x)
         self.value = (image * self.weights).sum((1, 2))
         self.slope_y = (image * torch.outer(slope_y, weight_x)).sum((1, 2))

@@ -28,10 +28,11 @@ def case(
     change=None,
     family="sample",
     dtypes=testing.KERNEL_DTYPES,
+    **more,
 ):
     """A case with random tensors: ``points`` of each level, as one number or a list (then five axes); locations
     uniform over ``reach`` times the map, away from pixel positions that are integers; ``change(tensors, sizes)``
-    edits the values in place."""
+    edits the values in place, ``more`` are arguments of the op."""
     listed = isinstance(points, list)
     counts = points if listed else [points] * len(shapes)
 
@@ -55,7 +56,7 @@ def case(
         if not listed:
             for n in ("sampling_locations", "attention_weights"):
                 tensors[n] = tensors[n].unflatten(3, (len(shapes), points))
-        kwargs = {"num_points": points} if listed else {}
+        kwargs = {"num_points": points, **more} if listed else dict(more)
         first = [sum(pixels[:i]) for i in range(len(pixels))]
         for n, values in (("spatial_shapes", shapes), ("level_start_index", first if starts else None)):
             if tensors_for_shapes and values is not None:
@@ -138,6 +139,7 @@ CASES = [
     case("exact_head_size_17", POWERS, 4, dim=17, heads=3, change=whole(2), family="exact"),
     case("exact_quarters", POWERS, 5, change=whole(4), family="exact", dtypes=EXACT16),
     case("exact_integers", POWERS, 7, points=3, reach=1.6, change=whole(1), family="exact"),
+    case("exact_no_border", POWERS, 7, points=3, reach=1.6, change=whole(1), family="exact", border_gradient=False),
 ]
 
 # Small, with a batch of two; between them every tensor that has a gradient.

@@ -10,7 +10,7 @@ from typing import Any
 import _cuda_host as host
 import pytest
 import torch
-from _deform_conv2d_cases import P1, case
+from _deform_conv2d_cases import P1, case, offsets_on_integers
 from torch import Tensor
 
 from accel import dispatch
@@ -31,6 +31,7 @@ CASES = [
     case("one_output", (64, 8), (3, 3)),
     case("many_outputs", (64, 8), (17, 19), batch=3, **P1),
     case("no_image", (64, 8), (5, 6), batch=0, **P1),
+    case("no_border", (64, 8), (5, 6), change=offsets_on_integers, border_gradient=False, **P1),
 ]
 
 

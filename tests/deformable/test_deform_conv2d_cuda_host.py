@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import _cuda_host as host
 import pytest
 import torch
-from _deform_conv2d_cases import CASES, case
+from _deform_conv2d_cases import CASES, case, offsets_on_integers
 from torch import Tensor
 
 from accel.ops.deformable.deform_conv2d import OP, Args
@@ -29,7 +29,7 @@ class Params(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("grad_input", "grad_offset", "grad_mask", "scratch")],
         ("scratch_bytes", ctypes.c_int64),
         *[(name, ctypes.c_int32) for name in ("batch", "height", "width", "channels", "out_height", "out_width")],
-        *[(name, ctypes.c_int32) for name in ("groups", "dtype", "sample")],
+        *[(name, ctypes.c_int32) for name in ("groups", "dtype", "sample", "border_gradient")],
         *[(name, ctypes.c_int32 * 2) for name in ("kernel", "stride", "padding", "dilation")],
     ]
 
@@ -72,7 +72,10 @@ def columns(image: Tensor, offset: Tensor, mask: Tensor | None, args: Args) -> T
     across = torch.arange(wo) * args.stride[1] - args.padding[1] + (tap % kw * args.dilation[1])[:, None]
     shift = offset.reshape(n * groups, taps, 2, ho, wo)
     flat = image.permute(0, 3, 1, 2).reshape(n * groups, c // groups, h * w)
-    samples = bilinear(flat, rows[:, :, None] + shift[:, :, 0], across[:, None, :] + shift[:, :, 1], h, w)
+    y, x = rows[:, :, None] + shift[:, :, 0], across[:, None, :] + shift[:, :, 1]
+    if not args.border_gradient:
+        y, x = (torch.where((y == -1) | (x == -1), at.detach(), at) for at in (y, x))
+    samples = bilinear(flat, y, x, h, w)
     if mask is not None:
         samples = samples * mask.reshape(n * groups, 1, taps, ho, wo)
     return samples.reshape(n, c, taps, ho * wo).permute(0, 3, 2, 1)
@@ -90,6 +93,7 @@ def backward(call: Call, mode: str = "plain", needs: str = "iomc", images: int |
         batch=n, height=h, width=w, channels=c, out_height=ho, out_width=wo, groups=groups,
         dtype=host.DTYPES.index(call.image.dtype), kernel=kernel, stride=tuple(args.stride),
         padding=tuple(args.padding), dilation=tuple(args.dilation), scratch_bytes=scratch.numel(), sample="c" in needs,
+        border_gradient=args.border_gradient,
     )  # fmt: skip
     tensors = {"columns": call.grad_col, "input": call.image, "offset": args.offset, "scratch": scratch}
     wanted = {"input": call.image, "offset": args.offset}
@@ -124,6 +128,7 @@ KERNEL_CASES = [
     case("264_channels", (264, 4), (3, 4), batch=1, **P1),
     case("4_groups_of_33", (132, 4), (3, 4), offset_groups=4, batch=1, **P1),
     case("gathered", (16, 4), (1, 2), (7, 7), padding=6, batch=1, reach=0.3),
+    case("no_border", (16, 4), (4, 5), change=offsets_on_integers, border_gradient=False, **P1),
 ]
 
 

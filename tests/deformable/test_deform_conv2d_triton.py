@@ -34,6 +34,7 @@ QUICK = {
     "not_finite": FP32,
     "exact_channels_last": BF16,
     "exact_17_channels": FP32,
+    "exact_no_border": FP16,
     "tiny_last": FP16,
     "tiny_across": FP32,
     "tiny_all_different": BF16,
@@ -125,14 +126,16 @@ def test_what_is_not_finite_in_mask_or_gradient_stays_at_its_pixels(value):
 # --- what the tests of all backends ask ---
 
 
-def test_positions_at_the_border_and_beyond():
-    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", torch.bfloat16, 1))
+@pytest.mark.parametrize("border", [True, False])
+def test_positions_at_the_border_and_beyond(border):
+    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", torch.bfloat16, 1, border))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", testing.KERNEL_DTYPES, ids=str)
-def test_more_positions_at_the_border(dtype):
-    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", dtype, 19))
+@pytest.mark.parametrize("border", [True, False])
+def test_more_positions_at_the_border(dtype, border):
+    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", dtype, 19, border))
 
 
 @pytest.mark.slow

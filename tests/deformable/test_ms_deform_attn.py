@@ -48,7 +48,7 @@ def naive(grad_out, args):
         image = value[b, pixels, m].T.reshape(dim, height, width)
         for q, p in itertools.product(range(queries), range(first, last)):
             x, y = locations[b, q, m, p].tolist()
-            sample = Sample(image, y * height - 0.5, x * width - 0.5)
+            sample = Sample(image, y * height - 0.5, x * width - 0.5, args.border_gradient)
             weight, upstream = weights[b, q, m, p], grad_out[b, q, m]
             out[b, q, m] += weight * sample.value
             grads[0][b, pixels, m] += weight * torch.outer(sample.weights.flatten(), upstream)
@@ -82,7 +82,7 @@ def compare(tensors, got, expected, grads):
 @pytest.mark.parametrize(
     "name",
     ["pyramid", "pyramid_tensors", "points_by_level", "a_level_without_points", "one_row_and_column", "prime",
-     "mostly_outside", "not_finite", "any_weights", "exact", "exact_tensors", "exact_integers"],
+     "mostly_outside", "not_finite", "any_weights", "exact", "exact_tensors", "exact_integers", "exact_no_border"],
 )  # fmt: skip
 def test_reference_is_the_definition(name):
     tensors, kwargs = by_name(name).make(torch.float64, "cpu", 1)
@@ -136,7 +136,8 @@ BORDER = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", testing.KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [1, 19])
-def test_positions_at_the_border_and_beyond(backend, dtype, dim):
+@pytest.mark.parametrize("border", [True, False])
+def test_positions_at_the_border_and_beyond(backend, dtype, dim, border):
     value = torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0, 11.0, 13.0, 17.0], dtype=dtype).view(1, 8, 1, 1)
     at = torch.tensor([[x, y] for (y, x), _ in BORDER], dtype=torch.float64)
     tensors = {
@@ -144,11 +145,11 @@ def test_positions_at_the_border_and_beyond(backend, dtype, dim):
         "sampling_locations": ((at + 0.5) / torch.tensor([2.0, 4.0])).float().view(-1, 1, 1, 1, 1, 2),
         "attention_weights": torch.full((len(BORDER), 1, 1, 1, 1), 2.0),
     }
-    kwargs = {"spatial_shapes": [(4, 2)], "level_start_index": None}
+    kwargs = {"spatial_shapes": [(4, 2)], "level_start_index": None, "border_gradient": border}
     available(backend, tensors, kwargs)
     got = testing.run(accel.ms_deform_attn, tensors, kwargs, backend)
     for i, (place, (sample, slope_y, slope_x)) in enumerate(BORDER):
-        slopes = [2 * dim * 2 * slope_x, 2 * dim * 4 * slope_y]
+        slopes = [2 * dim * 2 * slope_x, 2 * dim * 4 * slope_y] if border or -1.0 not in place else [0.0, 0.0]
         assert got.out[i].flatten().tolist() == [2 * sample] * dim, place
         assert got.grads["sampling_locations"][i].flatten().tolist() == slopes, place
         assert got.grads["attention_weights"][i].item() == dim * sample, place

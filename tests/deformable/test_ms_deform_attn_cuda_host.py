@@ -26,7 +26,8 @@ class Params(ctypes.Structure):
         *[(name, ctypes.c_void_p) for name in ("value", "locations", "weights", "shapes", "starts", "out")],
         *[(name, ctypes.c_void_p) for name in ("grad_out", "grad_value", "grad_locations", "grad_weights", "scratch")],
         ("scratch_bytes", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in ("batch", "pixels", "queries", "heads", "channels", "levels", "dtype")],
+        *[(name, ctypes.c_int32) for name in ("batch", "pixels", "queries", "heads", "channels", "levels")],
+        *[(name, ctypes.c_int32) for name in ("dtype", "border_gradient")],
         ("num_points", ctypes.c_int32 * 16),
     ]
 
@@ -42,7 +43,15 @@ def params_of(args: Args) -> Params:
     points = (ctypes.c_int32 * 16)(*args.num_points)
     queries, levels, dtype = args.sampling_locations.shape[1], len(args.num_points), host.DTYPES.index(args.value.dtype)
     return Params(
-        batch=n, pixels=s, queries=queries, heads=m, channels=d, levels=levels, dtype=dtype, num_points=points
+        batch=n,
+        pixels=s,
+        queries=queries,
+        heads=m,
+        channels=d,
+        levels=levels,
+        dtype=dtype,
+        num_points=points,
+        border_gradient=args.border_gradient,
     )
 
 

@@ -33,6 +33,7 @@ QUICK = {
     "head_size_130": FP16,
     "not_finite": BF16,
     "exact": BF16,
+    "exact_no_border": FP16,
     "tiny": FP32,
     "tiny_points": FP16,
 }
@@ -120,14 +121,16 @@ def test_levels_may_overlap():
 # --- what the tests of all backends ask ---
 
 
-def test_positions_at_the_border_and_beyond():
-    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", torch.bfloat16, 1))
+@pytest.mark.parametrize("border", [True, False])
+def test_positions_at_the_border_and_beyond(border):
+    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", torch.bfloat16, 1, border))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", testing.KERNEL_DTYPES, ids=str)
-def test_more_positions_at_the_border(dtype):
-    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", dtype, 19))
+@pytest.mark.parametrize("border", [True, False])
+def test_more_positions_at_the_border(dtype, border):
+    common.test_positions_at_the_border_and_beyond(*on_the_cpu("triton", dtype, 19, border))
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ class Args(NamedTuple):
     stride: list[int]  # (y, x), as the next two
     padding: list[int]
     dilation: list[int]
+    border_gradient: bool  # at exactly −1 the offset has the gradient from the right; else none
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -55,7 +56,7 @@ def _grid(out: int, taps: Tensor, stride: int, padding: int, dilation: int) -> T
 
 def _images(
     image: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], border_gradient: bool,
 ) -> Tensor:  # fmt: skip
     n, c, h, w = image.shape
     o, per_group, kh, kw = weight.shape
@@ -67,7 +68,8 @@ def _images(
     columns = _grid(wo, (tap % kw).to(image.dtype), stride[1], padding[1], dilation[1])[:, None, :]
     shift = offset.reshape(n * offset_groups, taps, 2, ho, wo)
     flat = image.reshape(n * offset_groups, c // offset_groups, h * w)
-    samples = sampling.bilinear(flat, rows + shift[:, :, 0], columns + shift[:, :, 1], h, w)  # (N·G, C/G, K, Ho, Wo)
+    y, x = rows + shift[:, :, 0], columns + shift[:, :, 1]
+    samples = sampling.bilinear(flat, y, x, h, w, 0, border_gradient)  # (N·G, C/G, K, Ho, Wo)
     if mask is not None:
         samples = samples * mask.reshape(n * offset_groups, 1, taps, ho, wo)
     out = weight.reshape(groups, o // groups, -1) @ samples.reshape(n, groups, per_group * taps, ho * wo)
@@ -83,18 +85,21 @@ def reference(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
+    border_gradient: bool,
 ) -> Tensor:
     """The op in plain torch, fp32 or fp64 inside."""
     image, kernel = input.to(inner_dtype(input)).contiguous(), weight.to(inner_dtype(input))
     n, taps = input.shape[0], weight.shape[2] * weight.shape[3]
-    per_image = input.shape[1] * taps * offset.shape[2] * offset.shape[3]
-    step = max(1, COLUMNS_AT_ONCE // per_image)
-    parts = []
-    for at in range(0, max(n, 1), step):
-        some = slice(at, at + step)
+
+    def part(some: slice) -> Tensor:
         part_mask = None if mask is None else mask[some]
-        parts.append(_images(image[some], offset[some], kernel, part_mask, stride, padding, dilation))
-    out = torch.cat(parts)
+        return _images(image[some], offset[some], kernel, part_mask, stride, padding, dilation, border_gradient)
+
+    if torch.compiler.is_compiling():  # a loop would make constants of the sizes
+        out = part(slice(None))
+    else:
+        step = max(1, COLUMNS_AT_ONCE // (input.shape[1] * taps * offset.shape[2] * offset.shape[3]))
+        out = torch.cat([part(slice(at, at + step)) for at in range(0, max(n, 1), step)])
     if bias is not None:
         out = out + bias[:, None]
     out = out.reshape(n, weight.shape[0], *offset.shape[2:])
@@ -176,6 +181,8 @@ def _prepare(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     mask: Tensor | None = None,
+    *,
+    border_gradient: bool = True,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
     check_floating(input, "input")
@@ -235,6 +242,7 @@ def _prepare(
         stride=strides,
         padding=paddings,
         dilation=dilations,
+        border_gradient=bool(border_gradient),
     )
 
 
@@ -260,6 +268,7 @@ def deform_conv2d(
     dilation: int | Sequence[int] = 1,
     mask: Tensor | None = None,
     *,
+    border_gradient: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     r"""Deformable convolution: v1 without ``mask``, v2 with it. The signature and meaning are torchvision's.
@@ -275,7 +284,8 @@ def deform_conv2d(
 
     A position that is NaN, infinite or beyond the border gives a sample of 0, and no gradient to the offset, the mask
     or the input. At integer positions, where a sample has two derivatives, the gradient of ``offset`` is the one from
-    the right. At exactly −1 the sample is 0 and that gradient is not, as in torchvision.
+    the right. At exactly −1 the sample is 0 and that gradient is not, as in torchvision; ``border_gradient=False``
+    leaves it out, as mmcv does. Fresh layers start there: offsets are 0, and taps reach one pixel past the map.
 
     Positions are computed in float32 and products summed in float32, whatever the dtypes (float64 beside float64).
     Kernels round a sample, times its mask, to the dtype of ``input`` once before it enters the product.
@@ -291,6 +301,8 @@ def deform_conv2d(
         padding: likewise, at least 0.
         dilation: likewise, at least 1.
         mask: ``(N, G·K, Ho, Wo)``, the factor of each sample, any floating dtype; all 1 if None.
+        border_gradient: whether a position at exactly −1, in y or x, moves its sample. False takes both gradients of
+            its ``offset`` for 0.
         backend: one of the op's backends by name, or None for the first that can run the call.
 
     Returns:
@@ -307,7 +319,7 @@ def deform_conv2d(
 
     Follows Dai et al., Deformable Convolutional Networks (2017), and Zhu et al., Deformable ConvNets v2 (2018).
     """
-    args = _prepare(input, offset, weight, bias, stride, padding, dilation, mask)
+    args = _prepare(input, offset, weight, bias, stride, padding, dilation, mask, border_gradient=border_gradient)
     return _run(args, backend)
 
 

@@ -24,6 +24,7 @@ class Args(NamedTuple):
     spatial_shapes: Tensor  # (L, 2) int64, height before width, on the device of value; on a GPU unchecked
     level_start_index: Tensor  # (L,) int64 likewise
     num_points: list[int]  # points of each level
+    border_gradient: bool  # at exactly −1 the location has the gradient from the right; else none
 
 
 # --- the definition ---
@@ -41,6 +42,7 @@ def reference(
     spatial_shapes: Tensor,
     level_start_index: Tensor,
     num_points: list[int],
+    border_gradient: bool,
 ) -> Tensor:
     """The op in plain torch, fp32 or fp64 inside."""
     inner = inner_dtype(value)
@@ -51,7 +53,7 @@ def reference(
     size = torch.stack([width, height], -1).to(inner)
     at = (sampling_locations * size - 0.5).transpose(1, 2).reshape(n * m, queries, points, 2)
     image = value.to(inner).permute(0, 2, 3, 1).reshape(n * m, d, s)
-    samples = sampling.bilinear(image, at[..., 1], at[..., 0], height, width, start)  # (N·M, D, Q, P)
+    samples = sampling.bilinear(image, at[..., 1], at[..., 0], height, width, start, border_gradient)  # (N·M, D, Q, P)
     weights = attention_weights.transpose(1, 2).reshape(n * m, 1, queries, points)
     out = (samples * weights).sum(-1)
     return out.reshape(n, m * d, queries).transpose(1, 2).to(value.dtype).contiguous()
@@ -209,6 +211,7 @@ def _prepare(
     attention_weights: Tensor,
     *,
     num_points: int | Sequence[int] | None = None,
+    border_gradient: bool = True,
 ) -> Args:
     """Check a public call and bring it to the form the backends take."""
     check_floating(value, "value")
@@ -260,6 +263,7 @@ def _prepare(
         spatial_shapes=shapes,
         level_start_index=starts,
         num_points=points,
+        border_gradient=bool(border_gradient),
     )
 
 
@@ -276,6 +280,7 @@ def ms_deform_attn(
     attention_weights: Tensor,
     *,
     num_points: int | Sequence[int] | None = None,
+    border_gradient: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     r"""Multi-scale deformable attention: the contract of mmcv and transformers, without their compiled extensions.
@@ -290,8 +295,9 @@ def ms_deform_attn(
     softmax them over L·P before.
 
     A location that is NaN, infinite or beyond the border gives a sample of 0, and no gradient to location, weight or
-    value. Where a sample has two derivatives, at integer pixels, the one from the right is taken. Locations are read
-    and pixel positions computed in float32, sums made in float32 (float64 beside float64).
+    value. Where a sample has two derivatives, at integer pixels, the one from the right is taken. A pixel position of
+    exactly −1 has one too, as ``grid_sample``'s has; in mmcv's CUDA kernel it has none: ``border_gradient=False``.
+    Locations are read and pixel positions computed in float32, sums made in float32 (float64 beside float64).
 
     Args:
         value: ``(N, S, M, D)``; S pixels of all levels, M heads. float32, bfloat16, float16, and float64 on the
@@ -305,6 +311,8 @@ def ms_deform_attn(
             be 0.
         attention_weights: the shape of ``sampling_locations`` less the last axis, any floating dtype.
         num_points: points of each level, one number for all or one for each; may be left out for six axes.
+        border_gradient: whether a pixel position of exactly −1, in y or x, moves its sample. False takes both gradients
+            of its location for 0.
         backend: one of the op's backends by name, or None for the first that can run the call.
 
     Returns:
@@ -328,6 +336,7 @@ def ms_deform_attn(
         sampling_locations,
         attention_weights,
         num_points=num_points,
+        border_gradient=border_gradient,
     )
     return _run(args, backend)
 

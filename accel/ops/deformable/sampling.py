@@ -14,18 +14,23 @@ from accel import backends
 
 
 def bilinear(
-    image: Tensor, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor, start: int | Tensor = 0
-) -> Tensor:
+    image: Tensor, y: Tensor, x: Tensor, height: int | Tensor, width: int | Tensor, start: int | Tensor = 0,
+    border_gradient: bool = True,
+) -> Tensor:  # fmt: skip
     """Samples ``(R, C, *)`` of flat images ``(R, C, S)`` at pixel positions ``y`` and ``x``, both ``(R, *)``.
 
     Pixel (i, j) stands at ``start + i·width + j``; the last three may be integer tensors that broadcast to ``(*)``.
     Each of the four pixels around a position counts if it is inside, else it is 0 whatever the image holds. A position
     that is NaN, infinite or beyond the border has a sample and derivatives of 0, because it is replaced before
-    anything is computed from it. At integer positions derivatives are those from the right.
+    anything is computed from it. At integer positions derivatives are those from the right; at exactly −1, in y or x,
+    there are none without ``border_gradient``.
     """
     size = image.shape[2]
     near = (y >= -1) & (y < height) & (x >= -1) & (x < width)  # False for NaN; only here can a pixel be inside
     y, x = torch.where(near, y, 0.0), torch.where(near, x, 0.0)
+    if not border_gradient:  # what is detached has no derivative, whatever the pixels hold
+        moves = (y > -1) & (x > -1)
+        y, x = torch.where(moves, y, y.detach()), torch.where(moves, x, x.detach())
     top, left = y.detach().floor(), x.detach().floor()
     dy, dx = y - top, x - left
     top, left = top.long(), left.long()

@@ -103,12 +103,13 @@ Tensor rows_of(const Tensor& map, bool last, void* stream) {
 
 // A new map of (N, C, H, W), channels_last if `last`.
 Tensor new_map(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool last) {
-  if (!last) return torch::stable::new_empty(like, {n, c, h, w});
-  return transpose(transpose(torch::stable::new_empty(like, {n, h, w, c}), 1, 3), 2, 3);
+  const auto format = last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  // no transposed view: autograd forbids to change one in place
+  return torch::stable::empty({n, c, h, w}, like.scalar_type(), std::nullopt, like.device(), std::nullopt, format);
 }
 
 Tensor forward(Tensor input, Tensor offset, Tensor weight, OptionalTensor bias, OptionalTensor mask, Ints stride,
-               Ints padding, Ints dilation) {
+               Ints padding, Ints dilation, bool) {
   const OnDevice device(input);
   const Sizes n = sizes_of(input, offset, weight, bias, mask, stride, padding, dilation);
   Tensor out = new_map(input, n.batch, n.out_channels, n.out_height, n.out_width, n.last);
@@ -195,7 +196,7 @@ struct Products {
 };
 
 Grads backward(Tensor grad_out, Tensor input, Tensor offset, Tensor weight, OptionalTensor bias, OptionalTensor mask,
-               Ints stride, Ints padding, Ints dilation, Bools needs) {
+               Ints stride, Ints padding, Ints dilation, bool border_gradient, Bools needs) {
   const OnDevice device(input);
   const Sizes n = sizes_of(input, offset, weight, bias, mask, stride, padding, dilation);
   STD_TORCH_CHECK(needs.size() == 5, "needs must say something of each of five tensors");
@@ -231,6 +232,7 @@ Grads backward(Tensor grad_out, Tensor input, Tensor offset, Tensor weight, Opti
   fill(p, n, input, offset, weight, mask, stride, padding, dilation);
   p.groups = int32_of(n.offset_groups, "G");
   p.sample = needs[2];
+  p.border_gradient = border_gradient;
   p.columns = columns.mutable_data_ptr();
   p.batch = int32_of(at_once, "N");
   const int64_t scratch_each = accel_deform_conv2d_scratch(&p);

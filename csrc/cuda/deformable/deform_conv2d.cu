@@ -19,6 +19,7 @@ struct Source {
   Maps maps;
   Axis y_axis, x_axis;
   int out_width, kernel_width;
+  bool border_gradient;
   const float* offset;
   const float* mask;
   float* grad_offset;
@@ -40,7 +41,8 @@ struct Source {
     const float* shift = offset + of * n.queries + at;  // plane 2·of
     float y = y_axis.at(i, line) + __ldg(shift);
     float x = x_axis.at(output - i * out_width, k - line * kernel_width) + __ldg(shift + n.queries);
-    return {y, x, mask ? __ldg(mask + at) : 1.f, 1.f, 1.f, 0, maps.only};
+    float moves = border_gradient || (y > -1.f && x > -1.f) ? 1.f : 0.f;
+    return {y, x, mask ? __ldg(mask + at) : 1.f, moves, moves, 0, maps.only};
   }
 
   __device__ void write(int64_t row, int k, float y, float x, float weight) const {
@@ -81,6 +83,7 @@ bool read(const DeformConv2d& p, Source& s) {
   s.x_axis = {p.stride[1], p.padding[1], p.dilation[1]};
   s.out_width = p.out_width;
   s.kernel_width = p.kernel[1];
+  s.border_gradient = p.border_gradient;
   s.offset = p.offset;
   s.mask = p.mask;
   s.grad_offset = p.grad_offset;

@@ -22,6 +22,7 @@ struct DeformConv2d {
   int32_t batch, height, width, channels, out_height, out_width, groups;  // N, H, W, C, Ho, Wo, G offset groups
   int32_t dtype;                                                          // of all void*: 0 fp32, 1 bf16, 2 fp16
   int32_t sample;  // 1: leave in `columns` the sampled values times the mask, in place of their gradients
+  int32_t border_gradient;  // 1: a position at exactly −1 has the gradient from the right, 0: none
   int32_t kernel[2], stride[2], padding[2], dilation[2];                  // y, x
 };
 

@@ -9,7 +9,7 @@ namespace accel::ms_deform_attn {
 namespace {
 
 MSDeformAttn describe(const Tensor& value, const Tensor& locations, const Tensor& weights, const Tensor& shapes,
-                      const Tensor& starts, const Ints& num_points) {
+                      const Tensor& starts, const Ints& num_points, bool border_gradient) {
   STD_TORCH_CHECK(value.dim() == 4 && locations.dim() == 5, "value must be 4-D and sampling_locations 5-D");
   const int64_t levels = int64_t(num_points.size());
   STD_TORCH_CHECK(levels <= ms_deform_attn_levels, "at most ", ms_deform_attn_levels, " levels, not ", levels);
@@ -21,6 +21,7 @@ MSDeformAttn describe(const Tensor& value, const Tensor& locations, const Tensor
   p.heads = int32_of(value.size(2), "M"), p.channels = int32_of(value.size(3), "D");
   p.queries = int32_of(locations.size(1), "Q"), p.levels = int32_t(levels);
   p.dtype = dtype_of(value);
+  p.border_gradient = border_gradient;
   int64_t points = 0;
   for (int64_t level = 0; level < levels; ++level) {
     p.num_points[level] = int32_of(num_points[size_t(level)], "num_points");
@@ -39,10 +40,11 @@ MSDeformAttn describe(const Tensor& value, const Tensor& locations, const Tensor
   return p;
 }
 
-Tensor forward(Tensor value, Tensor locations, Tensor weights, Tensor shapes, Tensor starts, Ints num_points) {
+Tensor forward(Tensor value, Tensor locations, Tensor weights, Tensor shapes, Tensor starts, Ints num_points,
+               bool border_gradient) {
   const OnDevice device(value);
   locations = aligned_pairs(locations);
-  MSDeformAttn p = describe(value, locations, weights, shapes, starts, num_points);
+  MSDeformAttn p = describe(value, locations, weights, shapes, starts, num_points, border_gradient);
   Tensor out = torch::stable::new_empty(value, {p.batch, p.queries, int64_t{p.heads} * p.channels});
   p.out = out.mutable_data_ptr();
   check_launch(accel_ms_deform_attn_forward(&p, device.stream()), "ms_deform_attn");
@@ -50,10 +52,11 @@ Tensor forward(Tensor value, Tensor locations, Tensor weights, Tensor shapes, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Tensor value, Tensor locations, Tensor weights,
-                                            Tensor shapes, Tensor starts, Ints num_points, Bools needs) {
+                                            Tensor shapes, Tensor starts, Ints num_points, bool border_gradient,
+                                            Bools needs) {
   const OnDevice device(value);
   locations = aligned_pairs(locations);
-  MSDeformAttn p = describe(value, locations, weights, shapes, starts, num_points);
+  MSDeformAttn p = describe(value, locations, weights, shapes, starts, num_points, border_gradient);
   check_cuda(grad_out, "grad_out", value, value.scalar_type(), int64_t{p.batch} * p.queries * p.heads * p.channels);
   STD_TORCH_CHECK(needs.size() == 3, "needs must be three");
   Tensor grad_value = like(value, needs[0]), grad_locations = like(locations, needs[1]);

@@ -11,6 +11,7 @@ struct Source {
   Rows n;
   Maps maps;
   int first[max_levels];  // point of each level
+  bool border_gradient;
   const float* locations;
   const float* weights;
   float* grad_locations;
@@ -25,7 +26,9 @@ struct Source {
     int64_t at = row * n.points + k;
     float2 location = __ldg(reinterpret_cast<const float2*>(locations) + at);
     float height = float(map.height), width = float(map.width);
-    return {location.y * height - 0.5f, location.x * width - 0.5f, __ldg(weights + at), height, width, level, map};
+    float y = location.y * height - 0.5f, x = location.x * width - 0.5f;
+    float moves = border_gradient || (y > -1.f && x > -1.f) ? 1.f : 0.f;
+    return {y, x, __ldg(weights + at), moves * height, moves * width, level, map};
   }
 
   __device__ void write(int64_t row, int k, float y, float x, float weight) const {
@@ -45,6 +48,7 @@ bool read(const MSDeformAttn& p, Source& s) {
   }
   s.n = {p.batch, p.queries, p.heads, p.channels, p.pixels, int(points)};
   s.maps = {p.levels, p.pixels, {}, p.shapes, p.starts};
+  s.border_gradient = p.border_gradient;
   s.locations = p.locations;
   s.weights = p.weights;
   s.grad_locations = p.grad_locations;

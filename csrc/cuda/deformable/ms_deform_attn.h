@@ -24,6 +24,7 @@ struct MSDeformAttn {
 
   int32_t batch, pixels, queries, heads, channels, levels;  // N, S, Q, M, D, L
   int32_t dtype;                                            // of value, out and grad_out: 0 fp32, 1 bf16, 2 fp16
+  int32_t border_gradient;                                  // 0: a pixel position of exactly −1 has none
   int32_t num_points[ms_deform_attn_levels];                // of each level, P in all
 };
 

@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(threads, 8)
 
 // Gradients of positions and weights: all follow from the four products of the gradient with the corners, which the
 // lanes of a group add up in a fixed order. With `Keep` each gradient is then replaced by its weighted sample, of a
-// source whose scales are 1.
+// source whose scales are 1, or 0 where the sample is 0 too.
 template <class T, int N, bool Keep, class Source>
 __global__ void __launch_bounds__(threads, Keep ? 4 : 5)
     backward(const __grid_constant__ Source source, Split split, int tiles, const T* map,

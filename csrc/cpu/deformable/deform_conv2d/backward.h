@@ -135,13 +135,20 @@ class Backward {
         const int64_t at = first + i;
         const float* s = dots + 4 * i;
         const float y = c.dy[at], x = c.dx[at], mask = c.mask[at];
-        spots[at] = mask * ((1.0f - x) * (s[2] - s[0]) + x * (s[3] - s[1]));
-        spots[step + at] = mask * ((1.0f - y) * (s[1] - s[0]) + y * (s[3] - s[2]));
+        const bool moves = p.border_gradient || !at_border(c, at);
+        spots[at] = moves ? mask * ((1.0f - x) * (s[2] - s[0]) + x * (s[3] - s[1])) : 0.0f;
+        spots[step + at] = moves ? mask * ((1.0f - y) * (s[1] - s[0]) + y * (s[3] - s[2])) : 0.0f;
         float sample = s[0] * c.weight[0][at];
         for (int n = 1; n < 4; ++n) sample += s[n] * c.weight[n][at];
         spots[2 * step + at] = sample;
       }
     }
+  }
+
+  // At exactly −1 in y or x: on the first pixels inside, with nothing before them.
+  static bool at_border(const TapCorners& c, int64_t i) {
+    const bool above = c.at[0][i] >= 0 || c.at[1][i] >= 0, left = c.at[0][i] >= 0 || c.at[2][i] >= 0;
+    return (c.dy[i] == 0.0f && !above) || (c.dx[i] == 0.0f && !left);
   }
 
   // The gradient's products with the pixel, a lane each, and its share added to the pixel's own.

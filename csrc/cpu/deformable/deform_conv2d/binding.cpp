@@ -29,9 +29,11 @@ Map map_of(const Tensor& x, const char* name) {
 
 // A result of (N, C, H, W) in the layout of `like`.
 Tensor allocate(const Tensor& like, const Map& map, int64_t images, int64_t channels, int64_t height, int64_t width) {
-  if (map.channel != 1 || map.pixel == 1) return torch::stable::new_empty(like, {images, channels, height, width});
-  Tensor out = torch::stable::new_empty(like, {images, height, width, channels});
-  return torch::stable::transpose(torch::stable::transpose(out, 1, 3), 2, 3);
+  const bool last = map.channel == 1 && map.pixel != 1;
+  const auto format = last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  // no transposed view: autograd forbids to change one in place
+  return torch::stable::empty({images, channels, height, width}, like.scalar_type(), std::nullopt, like.device(),
+                              std::nullopt, format);
 }
 
 void check_floats(const OptionalTensor& x, const char* name, int64_t count) {
@@ -40,8 +42,10 @@ void check_floats(const OptionalTensor& x, const char* name, int64_t count) {
 }
 
 Params describe(const Tensor& input, const Tensor& offset, const Tensor& weight, const OptionalTensor& bias,
-                const OptionalTensor& mask, const Ints& stride, const Ints& padding, const Ints& dilation) {
+                const OptionalTensor& mask, const Ints& stride, const Ints& padding, const Ints& dilation,
+                bool border_gradient) {
   Params p{};
+  p.border_gradient = border_gradient;
   p.input = map_of(input, "input");
   p.dtype = dtype_of(input, "deform_conv2d takes");
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2, "stride, padding, dilation are pairs");
@@ -91,9 +95,9 @@ void in_parallel(int64_t tasks, F f) {
 Tensor floats(const Tensor& like, Ints shape) { return torch::stable::new_empty(like, shape, ScalarType::Float); }
 
 Tensor forward(Tensor input, Tensor offset, Tensor weight, OptionalTensor bias, OptionalTensor mask, Ints stride,
-               Ints padding, Ints dilation) {
+               Ints padding, Ints dilation, bool border_gradient) {
   ForwardParams f{};
-  f.p = describe(input, offset, weight, bias, mask, stride, padding, dilation);
+  f.p = describe(input, offset, weight, bias, mask, stride, padding, dilation, border_gradient);
   Params& p = f.p;
   Tensor out = allocate(input, p.input, p.batch, p.out_channels, p.out_h, p.out_w);
   p.out = map_of(out, "out");
@@ -153,9 +157,9 @@ std::vector<Chunk> cut_chunks(const Params& p, int64_t* width) {
 using Grads = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Grads backward(Tensor grad_out, Tensor input, Tensor offset, Tensor weight, OptionalTensor bias, OptionalTensor mask,
-               Ints stride, Ints padding, Ints dilation, Bools needs) {
+               Ints stride, Ints padding, Ints dilation, bool border_gradient, Bools needs) {
   BackwardParams b{};
-  b.p = describe(input, offset, weight, bias, mask, stride, padding, dilation);
+  b.p = describe(input, offset, weight, bias, mask, stride, padding, dilation, border_gradient);
   Params& p = b.p;
   STD_TORCH_CHECK(needs.size() == 5, "needs must say something of each of five tensors");
   STD_TORCH_CHECK(grad_out.dim() == 4 && grad_out.size(0) == p.batch && grad_out.size(1) == p.out_channels &&
@@ -223,8 +227,9 @@ Grads backward(Tensor grad_out, Tensor input, Tensor offset, Tensor weight, Opti
 }  // namespace
 }  // namespace accel::deform_conv2d
 
-#define ACCEL_DEFORM_CONV2D_ARGUMENTS                                                           \
-  "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, int[] stride, int[] padding, int[] dilation"
+#define ACCEL_DEFORM_CONV2D_ARGUMENTS                                                                    \
+  "Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, int[] stride, int[] padding, " \
+  "int[] dilation, bool border_gradient"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(accel_native, m) {
   m.def("deform_conv2d_forward(" ACCEL_DEFORM_CONV2D_ARGUMENTS ") -> Tensor");

@@ -24,6 +24,7 @@ struct Params {
   int64_t batch, channels, height, width, out_channels, out_h, out_w;
   int64_t kernel[2], stride[2], padding[2], dilation[2];  // y, x
   int64_t groups, offset_groups;
+  bool border_gradient;  // a position at exactly −1 has a gradient
   Dtype dtype;
   Map input, out;
   const float* offset;  // (N, 2·G·K, Ho·Wo)

@@ -19,7 +19,7 @@ void place_level(int64_t height, int64_t width, int64_t start, int64_t pixels, P
 }
 
 Call describe(const Tensor& value, const Tensor& locations, const Tensor& weights, const Tensor& shapes,
-              const Tensor& starts, const Ints& num_points) {
+              const Tensor& starts, const Ints& num_points, bool border_gradient) {
   STD_TORCH_CHECK(value.dim() == 4 && locations.dim() == 5, "value must be 4-D and sampling_locations 5-D");
   const int64_t levels = int64_t(num_points.size()), pixels = value.size(1);
   check_cpu(shapes, "spatial_shapes");
@@ -44,18 +44,20 @@ Call describe(const Tensor& value, const Tensor& locations, const Tensor& weight
   call.p = describe(value, locations, weights, value.size(0), pixels, value.size(2), value.size(3), locations.size(1),
                     call.point);
   call.p.first_y = call.p.first_x = -0.5f;
+  call.p.border_gradient = border_gradient;
   return call;
 }
 
-Tensor forward(Tensor value, Tensor locations, Tensor weights, Tensor shapes, Tensor starts, Ints num_points) {
-  const Call call = describe(value, locations, weights, shapes, starts, num_points);
+Tensor forward(Tensor value, Tensor locations, Tensor weights, Tensor shapes, Tensor starts, Ints num_points,
+               bool border_gradient) {
+  const Call call = describe(value, locations, weights, shapes, starts, num_points, border_gradient);
   const Params& p = call.p;
   return run_forward(p, value, {p.batch, p.queries, p.heads * p.channels});
 }
 
 Grads backward(Tensor grad_out, Tensor value, Tensor locations, Tensor weights, Tensor shapes, Tensor starts,
-               Ints num_points, Bools needs) {
-  const Call call = describe(value, locations, weights, shapes, starts, num_points);
+               Ints num_points, bool border_gradient, Bools needs) {
+  const Call call = describe(value, locations, weights, shapes, starts, num_points, border_gradient);
   return run_backward(call.p, grad_out, value, locations, weights, needs);
 }
 
@@ -65,10 +67,11 @@ Grads backward(Tensor grad_out, Tensor value, Tensor locations, Tensor weights, 
 STABLE_TORCH_LIBRARY_FRAGMENT(accel_native, m) {
   m.def(
       "ms_deform_attn_forward(Tensor value, Tensor sampling_locations, Tensor attention_weights, Tensor spatial_shapes, "
-      "Tensor level_start_index, int[] num_points) -> Tensor");
+      "Tensor level_start_index, int[] num_points, bool border_gradient) -> Tensor");
   m.def(
       "ms_deform_attn_backward(Tensor grad_out, Tensor value, Tensor sampling_locations, Tensor attention_weights, "
-      "Tensor spatial_shapes, Tensor level_start_index, int[] num_points, bool[] needs) -> (Tensor, Tensor, Tensor)");
+      "Tensor spatial_shapes, Tensor level_start_index, int[] num_points, bool border_gradient, bool[] needs) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(accel_native, CPU, m) {

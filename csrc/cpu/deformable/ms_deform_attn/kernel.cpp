@@ -7,6 +7,7 @@
 #include "params.h"
 
 #include <algorithm>
+#include <limits>
 #include <memory>
 
 #include "cpu/_sampling.h"
@@ -24,6 +25,12 @@ template <typename T>
 inline void ask_for(const T* row, int64_t n) {
   const char* line = reinterpret_cast<const char*>(row);
   for (int64_t i = 0; i < n * int64_t(sizeof(T)); i += 64) __builtin_prefetch(line + i);
+}
+
+// Beyond −1, which `corners_of` takes for near itself.
+inline Lanes past_border(vf x) {
+  constexpr float AFTER = -0x1.fffffep-1f;  // the next float
+  return from_to(x, AFTER, splat(std::numeric_limits<float>::infinity()));
 }
 
 // The samples of a block of queries of one head. Their corners are indices, `step` from one pixel to the next.
@@ -75,7 +82,10 @@ class Block {
         store(at[k] + i, c.at[k]);
         store(corner_weight[k] + i, c.weight[k] * factor);
       }
-      if (SLOPES) store(dy + i, c.dy), store(dx + i, c.dx), store(near + i, where(c.near, ~vi{}, vi{}));
+      if (!SLOPES) continue;
+      Lanes has_slopes = c.near;
+      if (!p.border_gradient) has_slopes = both(has_slopes, both(past_border(load(y + i)), past_border(load(x + i))));
+      store(dy + i, c.dy), store(dx + i, c.dx), store(near + i, where(has_slopes, ~vi{}, vi{}));
     }
   }
 

@@ -24,6 +24,7 @@ struct Params {
   const float* positions;  // (N, Q, M, P, 2), x before y
   const float* weights;    // (N, Q, M, P)
   bool softmax;            // of the weights over P
+  bool border_gradient;    // a position at exactly −1 has a gradient
   const Point* point;      // (P)
   int64_t line;            // the base is (first_y + q / line · step_y, first_x + q % line · step_x)
   float first_y, first_x, step_y, step_x;

@@ -34,6 +34,7 @@ inline Params describe(const Tensor& value, const Tensor& positions, const Tenso
   p.weights = static_cast<const float*>(weights.const_data_ptr());
   p.point = point.data();
   p.line = 1;
+  p.border_gradient = true;
   return p;
 }
 
