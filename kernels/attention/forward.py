@@ -12,6 +12,7 @@ import triton.language as tl
 from accel.kernels.attention.arguments import LAUNCH_INTS
 from accel.kernels.attention.logits import (
     FAR,
+    FAR_IN_HALF,
     LEAST,
     LN_2,
     LOG2_E,
@@ -160,7 +161,7 @@ def forward_kernel(
     lse = (top + rest) * LN_2 if BINARY else top + rest
     if peak_ptr is not None:
         # far from 0 the sum of both would lose the rest: weights relative to the largest logit, divided by their sum
-        far = tl.abs(top) > FAR
+        far = tl.abs(top) > (FAR_IN_HALF if BINARY else FAR)
         tl.store(peak_ptr + at, tl.where(far, top, top + rest), mask=i < queries)
         share_ptr = peak_ptr + batches.to(tl.int64) * heads * queries
         tl.store(share_ptr + at, tl.where(far, 1.0 / total, 1.0), mask=i < queries)

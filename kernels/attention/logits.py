@@ -16,7 +16,8 @@ from accel.kernels._launch import keep_bits
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 LEAST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of fp32
-FAR: tl.constexpr = tl.constexpr(128.0)  # a log-sum-exp beyond loses more than 4e-6 of its weights
+FAR: tl.constexpr = tl.constexpr(128.0)  # a log-sum-exp beyond is off by more than 4e-6
+FAR_IN_HALF: tl.constexpr = tl.constexpr(1024.0)  # by more than 4e-5, in units of ln 2
 ROW_FIELDS: tl.constexpr = tl.constexpr(5)  # of a query in `rows`: first0, end0, first1, end1, shift
 
 # --- a call, and one head of it ---

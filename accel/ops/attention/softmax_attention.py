@@ -360,7 +360,7 @@ _run = library.differentiable(
     reference,
     gradients=7,
     always=3,
-    outputs=["out", "lse", "peak"],
+    outputs=["out", "lse", "peak"],  # peak: rows for the backward of the same backend; empty if nothing is added
     differentiable_outputs=2,
     keep_outputs=["out", "lse"],
     fake=_fake,
