@@ -48,12 +48,12 @@ def test_kernels_compile_without_spills(op: str, tmp_path: Path) -> None:
         for generation in (80, 90, 100)
     }
     assert kernels[80] == kernels[90] == kernels[100]
-    newest = [row for row in rows if row["architecture"] == compile_gate.NEWEST]
-    assert len(newest) == len(kernels[100]), "one case of each kernel"
+    counts = collections.Counter(row["architecture"] for row in rows)
+    assert len(kernels[100]) <= counts[100] <= 2 * len(kernels[100]), "the heaviest cases of each kernel"
 
 
 @pytest.mark.slow
-def test_all_cases_compile_for_the_newest_generation(tmp_path: Path) -> None:
+def test_all_cases_compile_for_all_generations(tmp_path: Path) -> None:
     rows = compiled(tmp_path / "gate.json", "--all")
     counts = collections.Counter(row["architecture"] for row in rows)
     assert counts[80] == counts[90] == counts[100]

@@ -269,14 +269,16 @@ def test_convolutions_that_the_kernel_does_not_take_are_refused(change: dict[str
     dtype = sizes.pop("dtype", torch.bfloat16)
     padding = sizes.pop("padding", [1, 1])
     input, offset, weight = (Fake(*sizes[name], dtype=dtype) for name in ("input", "offset", "weight"))
-    why = deform_conv2d._why_not_cuda(deform_conv2d.Args(input, offset, weight, None, None, [1, 1], padding, [1, 1]))
+    why = deform_conv2d._why_not_cuda(
+        deform_conv2d.Args(input, offset, weight, None, None, [1, 1], padding, [1, 1], True)
+    )
     assert why is None if words is None else words in str(why)
 
 
 @pytest.mark.usefixtures("gpu")
 def test_deterministic_mode_refuses_products_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = (Fake(*size, dtype=torch.bfloat16) for size in ((2, 128, 9, 8), (2, 18, 9, 8), (64, 128, 3, 3)))
-    args = deform_conv2d.Args(*tensors, None, None, [1, 1], [1, 1], [1, 1])
+    args = deform_conv2d.Args(*tensors, None, None, [1, 1], [1, 1], [1, 1], True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert "CUBLAS_WORKSPACE_CONFIG" in str(deform_conv2d._why_not_cuda(args))
@@ -288,7 +290,7 @@ def test_deterministic_mode_refuses_products_of_cublas(monkeypatch: pytest.Monke
 def test_levels_and_lines_that_the_kernels_do_not_take_are_refused() -> None:
     def levels(count: int) -> str | None:
         return ms_deform_attn._why_not_cuda(
-            ms_deform_attn.Args(Fake(2, 100, 8, 32), Fake(2, 5, 8, count, 2), None, None, None, [1] * count)
+            ms_deform_attn.Args(Fake(2, 100, 8, 32), Fake(2, 5, 8, count, 2), None, None, None, [1] * count, True)
         )
 
     assert levels(16) is None

@@ -23,7 +23,7 @@ def forward(*args):
     return out.to(args[0].dtype), lse.float()
 
 
-def backward(grad_out, out, lse, qkv, *args):
+def backward(grad_out, lse, qkv, *args):
     """The reference differentiated, behind the registered ops as a kernel is."""
     *rest, needs = args
 

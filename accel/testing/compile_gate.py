@@ -2,10 +2,10 @@
 
 ``python -m accel.testing.compile_gate``: each leaf, ``kernels/<family>/<op>.py``, yields its configurations from
 ``compile_cases()``. Each is compiled offline, and the gate fails with names where registers spill or shared memory is
-more than the architecture has. For the newest generation only the heaviest case of each kernel is compiled: the one
-that took the most stack, registers and shared memory on the others. ``--all`` compiles every case for it too. Results
-are kept in a private cache folder by the hash of what they depend on, so that an unchanged kernel costs nothing the
-next time.
+more than the architecture has. A case is compiled for one generation, Hopper if it admits it. For the others only the
+heaviest cases of each kernel are: the one that took the most stack and registers there, and the one that took the most
+shared memory. ``--all`` compiles every case for all. Results are kept in a private cache folder by the hash of what
+they depend on, so that an unchanged kernel costs nothing the next time.
 
 It needs a process without ``TRITON_INTERPRET=1``, which replaces the compiler by the interpreter.
 """
@@ -34,7 +34,9 @@ import accel  # noqa: F401  registers the ops
 from accel import dispatch
 
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
-NEWEST = 100
+KEPT = Path(__file__).resolve().parents[2] / "tests" / "compile_gate.json"
+FIRST = 90
+"""The generation that a case is compiled for if it admits it."""
 STACK_LIMIT = 32
 # of a block; what compiles for sm_80 also runs on sm_86 and sm_89 (RTX 30 and 40), which have less than the A100
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -123,30 +125,16 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[0][0]), int(found[0][1])
 
 
-def compile_case(case: Any, architecture: int, kept: dict[str, str] | None = None) -> Result:
-    """Compile one case for ``sm_<architecture>``; whatever the compiler throws is the result's error.
-
-    Triton's own code is made of the Python code once for all architectures: it is put into ``kept``, by the hash of
-    the case, and taken from there.
-    """
+def compile_case(case: Any, architecture: int) -> Result:
+    """Compile one case for ``sm_<architecture>``; whatever the compiler throws is the result's error."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     source = ASTSource(case.kernel, case.signature, case.constexprs, case.attributes)
-    target, kept = GPUTarget("cuda", architecture, 32), {} if kept is None else kept
     start = time.perf_counter()
     try:
-        hashed = source.hash()
-        if hashed in kept:
-            with tempfile.NamedTemporaryFile("w", suffix=".ttir") as file:
-                file.write(kept[hashed])
-                file.flush()
-                compiled = triton.compile(file.name, target=target, options=case.options)
-        else:
-            compiled = triton.compile(source, target=target, options=case.options)
-            kept.clear()  # the architectures of a case follow each other
-            kept[hashed] = compiled.asm["ttir"]
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
         registers, stack = _resources(compiled.asm["cubin"])
         seconds = time.perf_counter() - start
         limit = max(STACK_LIMIT, case.spill)
@@ -156,11 +144,29 @@ def compile_case(case: Any, architecture: int, kept: dict[str, str] | None = Non
         return Result(case.name, architecture, 0, 0, 0, seconds, f"{type(error).__name__}: {error}")
 
 
+def _known() -> dict[str, Result]:
+    """What stands in the sources, by the hash of what it depends on; nothing in an installation without tests."""
+    if not KEPT.exists():
+        return {}
+    return {key: Result(**row, seconds=0.0) for key, row in json.loads(KEPT.read_text()).items()}
+
+
+def _keep(found: dict[str, Result]) -> None:
+    """Write ``tests/compile_gate.json``, a line for each result."""
+    rows = sorted(found.items(), key=lambda item: (item[1].name, item[1].architecture, item[0]))
+    lines = []
+    for key, result in rows:
+        row = {name: value for name, value in asdict(result).items() if name not in ("seconds", "error")}
+        lines.append(f"{json.dumps(key)}: {json.dumps(row)}")
+    KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 Job = tuple[str, int, int]
 """An op, the position of a case in its list, and the architecture."""
 
 _loaded: dict[str, list[Any]] = {}
-_kept: dict[str, str] = {}
+_found: dict[str, Result] = {}
+"""The results of this process, by the hash of what they depend on."""
 
 
 def _work(job: Job) -> Result:
@@ -168,67 +174,70 @@ def _work(job: Job) -> Result:
     op, position, architecture = job
     if op not in _loaded:
         _loaded[op] = cases(op)
-    return compile_case(_loaded[op][position], architecture, _kept)
+    return compile_case(_loaded[op][position], architecture)
 
 
 def _results(jobs: list[Job], compile_all: Callable[[list[Job]], Iterable[Result]]) -> Iterator[tuple[Job, Result]]:
     """The result of each job, those that are kept first."""
-    folder = _folder()
-    todo: dict[Job, Path] = {}
+    folder, known = _folder(), _known()
+    todo: dict[Job, str] = {}
     sources = {op: _sources(op) for op in {op for op, _, _ in jobs}}
     for job in jobs:
         op, position, architecture = job
-        kept = folder / f"{_key(sources[op], _loaded[op][position], architecture)}.json"
-        if kept.exists():
-            yield job, Result(**json.loads(kept.read_text()))
+        key = _key(sources[op], _loaded[op][position], architecture)
+        kept = folder / f"{key}.json"
+        if key in known or kept.exists():
+            _found[key] = known[key] if key in known else Result(**json.loads(kept.read_text()))
+            yield job, _found[key]
         else:
-            todo[job] = kept
-    for (job, kept), result in zip(todo.items(), compile_all(list(todo)), strict=True):
+            todo[job] = key
+    for (job, key), result in zip(todo.items(), compile_all(list(todo)), strict=True):
         if not result.error:  # an error may be this machine's, a full disk for instance
-            part = kept.with_suffix(f".{os.getpid()}")
+            _found[key] = result
+            part = folder / f"{key}.{os.getpid()}"
             part.write_text(json.dumps(asdict(result)))
-            part.replace(kept)
+            part.replace(folder / f"{key}.json")
         yield job, result
 
 
 def _heaviest(found: dict[Job, Result], jobs: list[Job]) -> list[Job]:
-    """Of each op's and kernel's jobs the one whose case took the most on the architectures that were compiled."""
-    most: dict[tuple[str, int], tuple[int, int, int]] = {}
-    for (op, position, _), result in found.items():
-        took = (result.stack, result.registers, result.shared)
-        most[op, position] = max(took, most.get((op, position), took))
-    best: dict[tuple[str, str], Job] = {}
+    """Of each kernel's jobs for an architecture those whose cases took the most registers, and the most shared memory,
+    where they were compiled."""
+    took = {(op, position): result for (op, position, _), result in found.items()}
+    alike: dict[tuple[str, str, int], list[Job]] = {}
     for job in jobs:
-        op, position, _ = job
-        kernel = op, _loaded[op][position].kernel.__name__
-        if kernel not in best or most[op, position] > most[best[kernel][:2]]:
-            best[kernel] = job
-    return list(best.values())
+        op, position, architecture = job
+        alike.setdefault((op, _loaded[op][position].kernel.__name__, architecture), []).append(job)
+    best: dict[Job, None] = {}
+    for of_kernel in alike.values():
+        best[max(of_kernel, key=lambda job: (took[job[:2]].stack, took[job[:2]].registers))] = None
+        best[max(of_kernel, key=lambda job: took[job[:2]].shared)] = None
+    return list(best)
 
 
 def run(ops: list[str], processes: int, only: str = "", everything: bool = False) -> Iterator[Result]:
     """Results of the cases of these ops whose name contains ``only``, as they become known.
 
-    With ``everything`` all of them for NEWEST too, else only the heaviest of each kernel.
+    With ``everything`` all of them for every generation, else for one, and the heaviest of each kernel for the others.
     """
     first: list[Job] = []
-    newest: list[Job] = []
+    others: list[Job] = []
     for op in ops:
         _loaded[op] = cases(op)
         for position, case in enumerate(_loaded[op]):
-            for architecture in case.architectures:
-                if only in case.name:
-                    (newest if architecture == NEWEST else first).append((op, position, architecture))
+            if only in case.name:
+                once = FIRST if FIRST in case.architectures else case.architectures[0]
+                for architecture in case.architectures:
+                    (first if architecture == once else others).append((op, position, architecture))
     with contextlib.ExitStack() as stack:
         compile_all: Callable[[list[Job]], Iterable[Result]] = functools.partial(map, _work)
         if processes > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(processes))
-            compile_all = functools.partial(pool.map, _work, chunksize=2)  # both generations of a case to one process
+            compile_all = functools.partial(stack.enter_context(ProcessPoolExecutor(processes)).map, _work)
         found: dict[Job, Result] = {}
         for job, result in _results(first, compile_all):
             found[job] = result
             yield result
-        for _, result in _results(newest if everything else _heaviest(found, newest), compile_all):
+        for _, result in _results(others if everything else _heaviest(found, others), compile_all):
             yield result
 
 
@@ -237,9 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("kernels", nargs="*", help="ops; all if none")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--all", action="store_true", help=f"every case for sm_{NEWEST} too, not only the heaviest")
+    parser.add_argument("--all", action="store_true", help="every case for every generation")
+    parser.add_argument("--keep", action="store_true", help=f"write what was found into {KEPT.name}; of all ops")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes; all cores if none")
     chosen = parser.parse_args(argv)
+    if chosen.keep and (chosen.kernels or chosen.only):
+        parser.error("--keep writes the results of all ops: name none")
     unknown = sorted(set(chosen.kernels) - set(leaves()))
     if unknown:
         parser.error(f"no such kernel files: {unknown}; there are {list(leaves())}")
@@ -262,6 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = [{**asdict(result), "problem": result.problem()} for result in results]
         chosen.json.write_text(json.dumps(rows, indent=1))
     failed = [result for result in results if result.problem()]
+    if chosen.keep and not failed:
+        _keep(_found)
     print(f"{len(results)} compiled, {len(failed)} failed")
     for result in failed:
         print(f"FAILED sm_{result.architecture} {result.name}: {result.problem()}", file=sys.stderr)
