@@ -129,3 +129,36 @@ def test_gate_refuses_what_is_not_there() -> None:
     done = gate("no_such_kernel")
     assert done.returncode == 2
     assert "no_such_kernel" in done.stderr
+
+
+KEPT = """
+import json
+
+from accel.testing import compile_gate
+
+op = "ps_roi_pool"
+cases = compile_gate._loaded[op] = compile_gate.cases(op)
+jobs = [(op, position, 90) for position in range(len(cases))]
+compile_gate._known = lambda: {key: compile_gate.Result("kept", 90, 9, 0, 0, 0.0) for key in keys}
+
+
+def names():
+    stub = compile_gate.Result("compiled", 90, 0, 0, 0, 0.0, "not kept")
+    return sorted({result.name for _, result in compile_gate._results(jobs, lambda todo: [stub] * len(todo))})
+
+
+keys = [compile_gate._key(compile_gate._sources(op), case, 90) for case in cases]
+before = names()
+compile_gate._sources = lambda op: b"a shelf that has changed"
+print(json.dumps([before, names()]))
+"""
+
+
+def test_a_result_is_kept_for_the_code_it_came_from(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", KEPT]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [["kept"], ["compiled"]]

@@ -5,14 +5,12 @@ Their relative positions are decomposed by axis. No child is bypassed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from accel.patches import decomposed
+from accel.patches import decomposed, transformers_calls
 from accel.patches.entry import Entry, why_not_dropout, why_not_version
 from accel.patches.timm_heads import split
 
@@ -53,26 +51,15 @@ def _attention(
 # --- the eager classes also return weights, and drop some ---
 
 
-def _is_captured() -> bool:
-    """Whether a model above collects attention weights: these classes return them at every call, wanted or not."""
-    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
-    if collector is None:
-        return False
-    if torch.compiler.is_compiling():  # no context variable can be read there, and transformers sets a global
-        collected = collector.global_var if collector.compiling else None
-    else:
-        collected = collector.get()
-    return collected is not None and "attentions" in collected
-
-
 def _dropout(attn: Any) -> float:
     """SegGPT has none."""
     return getattr(attn, "dropout", 0.0)
 
 
 def _why_not_eager_call(attn: Any, hidden_states: Tensor, output_attentions: bool | None = None) -> str | None:
-    if output_attentions or _is_captured():
-        return "attention weights are asked for"
+    # a model above may collect them: these classes return them at every call, wanted or not
+    if transformers_calls.weights_wanted(attn, {"output_attentions": output_attentions}):
+        return transformers_calls.WEIGHTS
     return _why_not_call(attn, hidden_states) or why_not_dropout(_dropout(attn), attn.training)
 
 

@@ -180,6 +180,18 @@ def gradients(model, inputs):
     return out.detach(), grads | {f"input {i}": x.grad for i, x in enumerate(inputs) if x.grad is not None}
 
 
+def assert_compiles_as_one_graph(module, inputs):
+    """Patched and compiled it computes what the class computes."""
+    reference, expected = gradients(module, inputs)
+    report = accel.patch(module)
+    module.compile(fullgraph=True, backend="aot_eager")
+    out, found = gradients(module, inputs)
+    torch.testing.assert_close(out, reference, rtol=0, atol=1e-11)
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-10)
+    assert not report.uncalled()
+
+
 def assert_same_function(model, inputs, count):
     """In training mode: what is dropped elsewhere, in the MLP of a bias say, is drawn alike by the class and by us."""
     keys, types = list(model.state_dict()), [type(m) for m in model.modules()]

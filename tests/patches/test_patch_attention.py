@@ -12,6 +12,7 @@ pytest.importorskip("timm")
 from _attention_models import (
     MODELS,
     VIT,
+    assert_compiles_as_one_graph,
     assert_same_function,
     build,
     change_op,
@@ -96,15 +97,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_module_is_one_graph(name):
-    module, inputs = randomize(COMPILED[name]()), (noise(2, 17, 32),)
-    reference, expected = gradients(module, inputs)
-    report = accel.patch(module)
-    module.compile(fullgraph=True, backend="aot_eager")
-    out, found = gradients(module, inputs)
-    torch.testing.assert_close(out, reference, rtol=0, atol=1e-11)
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-10)
-    assert not report.uncalled()
+    assert_compiles_as_one_graph(randomize(COMPILED[name]()), (noise(2, 17, 32),))
 
 
 # --- torch.nn ---

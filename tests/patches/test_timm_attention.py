@@ -5,7 +5,16 @@ import importlib
 
 import pytest
 import torch
-from _attention_models import assert_same_function, change_op, gradients, noise, randomize, served, tensor
+from _attention_models import (
+    assert_compiles_as_one_graph,
+    assert_same_function,
+    change_op,
+    gradients,
+    noise,
+    randomize,
+    served,
+    tensor,
+)
 from _timm_models import MODELS, MODULES, module_inputs, transformers_sam
 from torch import nn
 
@@ -111,15 +120,7 @@ def test_a_copy_is_patched_and_stands_alone(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Twins, windows", "RelPos", "TinyViT", "SAM", "transformers SAM"])
 def test_compiled_module_is_one_graph(name):
-    module, inputs = build(name)
-    reference, expected = gradients(module, inputs)
-    report = accel.patch(module)
-    module.compile(fullgraph=True, backend="aot_eager")
-    out, found = gradients(module, inputs)
-    torch.testing.assert_close(out, reference, rtol=0, atol=1e-11)
-    for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-9, atol=1e-10)
-    assert not report.uncalled()
+    assert_compiles_as_one_graph(*build(name))
 
 
 @pytest.mark.parametrize("name", ["MaxViT", "TinyViT", "Twins, windows", "SAM", "torchvision MaxViT", "Hiera"])
