@@ -12,6 +12,7 @@ from accel.ops.boxes.ps_roi_pool import ps_roi_pool
 from accel.ops.deformable.deform_attention2d import deform_attention2d
 from accel.ops.deformable.deform_conv2d import deform_conv2d
 from accel.ops.deformable.ms_deform_attn import ms_deform_attn
+from accel.ops.linear.linear_attention import linear_attention
 from accel.ops.windows.window_attention import window_attention
 from accel.packing import pad, unpad
 from accel.sdpa import scaled_dot_product_attention
@@ -26,6 +27,7 @@ __all__ = [
     "deform_attention2d",
     "deform_conv2d",
     "explain",
+    "linear_attention",
     "ms_deform_attn",
     "nn",
     "pad",
