@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from accel import testing
+from accel.ops.linear.feature_maps import ELEMENTWISE
 from accel.testing import Case
 
 FP32 = (torch.float32,)
@@ -40,7 +41,7 @@ def case(
     projection=None,
     layout=None,
     change=None,
-    family="linear",
+    family=None,
     dtypes=testing.KERNEL_DTYPES,
     **kwargs,
 ):
@@ -81,10 +82,18 @@ def case(
             change(tensors)
         return tensors, given
 
+    outside = feature_map_of(kwargs) not in ELEMENTWISE  # features are rounded once more
+    if family is None:  # divided by sums of few weights, or by all of them
+        few = kwargs.get("normalize", True) and (kwargs.get("causal") or mask or lengths or S <= 5 or outside)
+        family = "linear_few" if few else "linear"
     # a gradient that is a sum over all tokens of a head, of both signs
     sums = ("log_decay",) if decay == "head" else ()
     batched = ["q", "k", "v", *(["log_decay"] if decay == "token" else []), *(["key_mask"] if mask else [])]
     return Case(name, make, family, dtypes, sums=sums, batched=tuple(batched), autocast=("q", "k", "v"))
+
+
+def feature_map_of(kwargs):
+    return kwargs.get("feature_map", "elu1")
 
 
 def integers(tensors):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from accel import backends, dispatch, library
-from accel.backends import inner_dtype
+from accel.backends import KERNEL_DTYPES, inner_dtype
 from accel.ops.attention.arguments import read_packed
 from accel.ops.attention.softmax_attention import empty_like_layout, rows_contiguous
 from accel.ops.linear import feature_maps
@@ -30,7 +30,7 @@ class Args(NamedTuple):
     k_sum: Tensor | None  # (N, Hs, D) the same, where the output is normalized
     key_mask: Tensor | None  # (B, S) bool contiguous
     cu_q: Tensor | None  # (N + 1,) int32
-    cu_k: Tensor | None
+    cu_k: Tensor | None  # None where keys are packed as queries are
     features: str  # one of feature_maps.ELEMENTWISE, applied to q and k
     causal: bool
     normalize: bool
@@ -88,8 +88,8 @@ def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if args.key_mask is not None:
         seen = args.key_mask[:, None, :, None]
     if args.cu_q is not None:  # each sequence alone, among the tokens of all
-        assert args.cu_k is not None
-        seen, own = _members(args.cu_k, args.k.shape[2]), _members(args.cu_q, args.q.shape[2])
+        own = _members(args.cu_q, args.q.shape[2])
+        seen = own if args.cu_k is None else _members(args.cu_k, args.k.shape[2])
         if decay is not None:
             decay = torch.where(own[..., 0], decay, 0.0)
     if seen is not None:
@@ -106,7 +106,8 @@ def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from_start = to_end = None
     if decay is not None:
         total = decay.double().expand(-1, -1, args.q.shape[2]).cumsum(-1)
-        between = torch.where(past, total[..., :, None] - total[..., None, :], 0.0)
+        # a token with itself depends on no decay: left out, or rounding would leave it a gradient
+        between = torch.where(past.tril(-1), total[..., :, None] - total[..., None, :], 0.0)
         weights = weights * _to_heads(torch.exp(between).to(inner), args.heads)
         from_start, to_end = torch.exp(total).to(inner), torch.exp(total[..., -1:] - total).to(inner)
     num, den = weights @ _to_heads(v, args.heads), weights.sum(-1)
@@ -255,7 +256,7 @@ def _prepare(
         k_sum=k_sum,
         key_mask=key_mask,
         cu_q=None if packed is None else packed.q,
-        cu_k=None if packed is None else packed.k,
+        cu_k=None if packed is None or packed.same else packed.k,
         features=name,
         causal=bool(causal),
         normalize=bool(normalize),
@@ -273,7 +274,7 @@ _run = library.differentiable(
     always=3,
     outputs=["out", "kv", "k_sum", "den"],  # den: the denominators with eps, empty where nothing is normalized
     differentiable_outputs=3,
-    keep_outputs=["out", "den"],
+    keep_outputs=["den"],
     fake=_fake,
     flops=_flops,
     backward_fake=_backward_fake,
@@ -385,6 +386,9 @@ OP = dispatch.register(
         function=linear_attention,
         prepare=_prepare,
         example=_example,
-        backends=(dispatch.Backend("reference", lambda args: None, reference),),
+        backends=(
+            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("reference", lambda args: None, reference),
+        ),
     )
 )

@@ -1,0 +1,364 @@
+// Backward. With g = dy / den and c = −g · (Σ w v) / den (or g = dy, c = 0), P_ij = g_i · v_j + c_i is the gradient of a
+// weight, and of the state S that a row sees that of g_i. The sum in c is made again: from a rounded output it would not
+// do for rows of little weight, whose 1 / den is large. One pass from the first token to the last gives the gradients
+// of queries, one from the last to the first those of keys and values.
+#pragma once
+
+#include "tile.h"
+
+namespace accel::ACCEL_ISA::linear {
+
+template <typename T>
+class Backward {
+ public:
+  explicit Backward(const BackwardParams& b)
+      : b(b),
+        p(b.forward),
+        tile(p),
+        g(p.values),
+        early_q(tile.decay.any() ? p.features : 0),
+        of_keys(p.features),
+        of_values(p.values),
+        state_t(p.values, p.features, p.features),
+        grad(p.features, p.values, p.features),
+        grad_t(int64_t(g.padded) * tile.k.ld),
+        k_t(int64_t(tile.k.padded) * tile.ld),
+        v_t(int64_t(g.padded) * tile.ld),
+        of_weights(CHUNK * tile.ld) {}
+
+  // What each run of queries adds to the gradient of the state before it.
+  void states(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t slot = task / p.state_heads, hs = task % p.state_heads;
+      const Segment& s = p.query_segments[slot];
+      if (p.causal && s.first) continue;
+      grad.clear();
+      bool lost = false;
+      for (int64_t t = last_chunk(s); t >= s.from; t -= CHUNK) {
+        const int count = int(std::min<int64_t>(CHUNK, s.to - t));
+        tile.decay.begin(s.batch, hs, t, count);
+        grad.shrink(tile.decay.whole);
+        for (int64_t n = 0; n < tile.group; ++n) {
+          load_rows(s.batch, hs * tile.group + n, t, count, true);
+          lost |= last_bad_row() >= 0;
+          remember(count);
+        }
+      }
+      float* dst = slot_of(p, b.grad_states, slot, hs);
+      grad.write(dst, dst + int64_t(p.features) * p.values);
+      b.grad_states.lost[slot * p.state_heads + hs] = lost;
+    }
+  }
+
+  // From these the gradient of the state where each run ends; without order, that of the state of all keys.
+  void join(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t n = task / p.state_heads, hs = task % p.state_heads, size = tile.size;
+      const int64_t first = p.first_query_segment[n], end = p.first_query_segment[n + 1];
+      std::vector<float> now(size_t(size), 0.0f);
+      const float *kv = kv_of(p, b.grad_kv, n, hs), *k_sum = sum_of(p, b.grad_k_sum, n, hs);
+      if (kv) std::copy_n(kv, size - p.features, now.data());
+      if (k_sum) std::copy_n(k_sum, p.features, now.data() + size - p.features);
+      bool lost = false;
+      for (int64_t slot = end - 1; slot >= first; --slot) {
+        float* at = slot_of(p, b.grad_states, slot, hs);
+        char& flag = b.grad_states.lost[slot * p.state_heads + hs];
+        if (p.causal) {
+          const float shrink = decay_over(p, hs, p.query_segments[slot]);
+          const bool needed = slot > first;
+          for (int64_t i = 0; i < size; ++i) {
+            const float ends = now[size_t(i)];
+            if (needed) now[size_t(i)] = ends * shrink + at[i];
+            at[i] = ends;
+          }
+          const bool added = needed && flag;
+          flag = lost;
+          lost |= added;
+        } else {
+          for (int64_t i = 0; i < size; ++i) now[size_t(i)] += at[i];
+          lost |= bool(flag);
+        }
+      }
+      if (p.causal) continue;
+      std::copy_n(now.data(), size, slot_of(p, b.grad_states, first, hs));
+      b.grad_states.lost[first * p.state_heads + hs] = lost;
+      if (lost) std::fill(now.begin(), now.end(), NOT_A_NUMBER);
+      float *kv_out = kv_of(p, b.grad_initial_kv, n, hs), *sum_out = sum_of(p, b.grad_initial_k_sum, n, hs);
+      if (kv_out) std::copy_n(now.data(), size - p.features, kv_out);
+      if (sum_out) std::copy_n(now.data() + size - p.features, p.features, sum_out);
+    }
+  }
+
+  void queries(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task)
+      query_segment(p.query_segments[task / p.state_heads], task % p.state_heads);
+  }
+
+  void keys(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task)
+      key_segment(p.key_segments[task / p.state_heads], task % p.state_heads);
+  }
+
+ private:
+  static int64_t last_chunk(const Segment& s) {
+    return s.to > s.from ? s.from + (s.to - s.from - 1) / CHUNK * CHUNK : s.from - 1;
+  }
+
+  float inverse_of_den(int64_t row) const {
+    return !p.normalize ? 1.0f : p.den[row] == 0.0f ? 0.0f : 1.0f / p.den[row];
+  }
+
+  // Queries, g and c of a chunk; c only where that was made before.
+  void load_rows(int64_t batch, int64_t h, int64_t t, int count, bool with_c) {
+    tile.load_queries(batch, h, t, count);
+    g.begin();
+    for (int i = 0; i < count; ++i) {
+      const int64_t row = (batch * p.heads + h) * p.queries + t + i;
+      c[i] = 0.0f;
+      if (!b.grad_out.data) {
+        g.clear(i);
+        continue;
+      }
+      g.pack(Identity{}, i, row_of<T>(b.grad_out, batch, h, t + i), inverse_of_den(row));
+      if (!p.normalize || !with_c) continue;
+      c[i] = b.by_sum[row];
+      if (!std::isfinite(c[i])) g.spoil(i), c[i] = 0.0f;
+    }
+    for (int i = count; i < vectors(count); ++i) g.clear(i);
+  }
+
+  bool bad(int i) const { return g.bad(i) || tile.q.bad(i); }
+  int last_bad_row() const {
+    for (int i = CHUNK - 1; i >= 0; --i)
+      if (bad(i)) return i;
+    return -1;
+  }
+
+  // The chunk's rows enter the gradient of what was before it, whose decay over the chunk is counted already.
+  void remember(int count) {
+    const Rows& from = tile.decay.any() ? early_q : tile.q;
+    if (tile.decay.any())
+      for (int i = 0; i < count; ++i)
+        for (int d = 0; d < early_q.padded; d += W)
+          store(early_q.at(i) + d, load(tile.q.at(i) + d) * tile.decay.from_start[i]);
+    tile.accumulate(from, g, grad.main, count);
+    if (p.normalize) tile.add_rows(from, c, grad.sum, count);
+  }
+
+  void query_segment(const Segment& s, int64_t hs) {
+    bool lost = begin_state(p, s, hs, state_t, true);
+    for (int64_t t = s.from; t < s.to; t += CHUNK) {
+      const int count = int(std::min<int64_t>(CHUNK, s.to - t));
+      int spoilt = lost ? 0 : CHUNK;
+      if (p.causal) {
+        tile.load_keys(s.batch, hs, t, count);
+        transpose(tile.v.at(0), tile.v.ld, v_t, tile.ld, vectors(count), tile.v.padded);
+        if (p.normalize) transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        spoilt = std::min(spoilt, tile.first_bad_key());
+      }
+      for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs, hs * tile.group + n, t, count, spoilt);
+      if (p.causal) {
+        state_t.shrink(tile.decay.whole);
+        tile.accumulate(tile.v, tile.keys_at_end(), state_t.main, count);
+        if (p.normalize) tile.add_rows(tile.keys_at_end(), nullptr, state_t.sum, count);
+      }
+      lost |= spoilt < CHUNK;
+    }
+    if (b.grad_sums && s.last && s.to > s.from) *sum_at(s.batch, hs, s.to - 1) += by_final_state(s, hs);
+  }
+
+  double* sum_at(int64_t batch, int64_t hs, int64_t t) const {
+    return b.grad_sums + (batch * p.state_heads + hs) * p.keys + t;
+  }
+
+  // The final state times its gradient: what all its decay has a part in.
+  double by_final_state(const Segment& s, int64_t hs) const {
+    double sum = 0.0;
+    if (const float* kv = kv_of(p, b.grad_kv, s.sequence, hs))
+      for (int d = 0; d < p.features; ++d)
+        for (int e = 0; e < p.values; ++e) sum += double(kv[int64_t(d) * p.values + e]) * double(state_t.main.at(e)[d]);
+    if (const float* k_sum = sum_of(p, b.grad_k_sum, s.sequence, hs))
+      for (int d = 0; d < p.features; ++d) sum += double(k_sum[d]) * double(state_t.sum[d]);
+    return sum;
+  }
+
+  void query_rows(int64_t batch, int64_t hs, int64_t h, int64_t t, int count, int spoilt) {
+    load_rows(batch, h, t, count, false);
+    Rows& rows = of_keys;  // (count, F)
+    tile.cross(g, state_t.main, rows, count);
+    if (tile.decay.any()) tile.scale_rows(rows, tile.decay.from_start, count);
+    if (p.causal) tile.lower(g, v_t, of_weights, count);
+    if (p.normalize) {
+      find_c(rows, (batch * p.heads + h) * p.queries + t, count);
+      for (int i = 0; i < count; ++i) {
+        const float mul = tile.decay.any() ? c[i] * tile.decay.from_start[i] : c[i];
+        for (int d = 0; d < rows.padded; d += W) store(rows.at(i) + d, load(rows.at(i) + d) + load(state_t.sum + d) * mul);
+      }
+    }
+    if (b.grad_sums)
+      for (int i = 0; i < count; ++i)
+        *sum_at(batch, hs, t + i) +=
+            i >= spoilt || bad(i) ? NOT_A_NUMBER : tile.dot(tile.q.at(i), rows.at(i), rows.padded);
+    if (p.causal) {
+      tile.decayed(of_weights, count, p.normalize ? c : nullptr, [](int, float) {});
+      tile.add_lower(of_weights, tile.k, rows, count);
+    }
+    for (int i = 0; i < count; ++i) {
+      const float mul = i >= spoilt || bad(i) ? NOT_A_NUMBER : p.scale;
+      if (b.part_q) {
+        store_row(b.part_q + ((batch * p.heads + h) * p.queries + t + i) * p.features, rows.at(i), p.features, mul);
+      } else {
+        store_through_map(row_of<T>(b.grad_q, batch, h, t + i), rows.at(i), row_of<T>(p.q, batch, h, t + i), mul);
+      }
+    }
+  }
+
+  // c of a chunk whose g · v stand in of_weights, and to whose features g gives `rows` by way of the state.
+  void find_c(const Rows& rows, int64_t row, int count) {
+    if (p.causal) {
+      tile.lower(tile.q, k_t, tile.weights, count);
+      tile.decayed(tile.weights, count, nullptr, [](int, float) {});
+    }
+    for (int i = 0; i < count; ++i) {
+      float along = tile.dot(tile.q.at(i), rows.at(i), rows.padded);
+      if (p.causal) {
+        const float *w = tile.weights + i * tile.ld, *of = of_weights + i * tile.ld;
+        along += tile.dot(w, of, int(round_up(i + 1, W)));
+      }
+      c[i] = -along * inverse_of_den(row + i);
+      b.by_sum[row + i] = bad(i) ? NOT_A_NUMBER : c[i];
+    }
+  }
+
+  // dst = mul · gradient of a feature · the map's slope at x.
+  void store_through_map(T* dst, float* of_features, const T* x, float mul) const {
+    with_map(p.map, [&](auto map) {
+      int d = 0;
+      for (; d + W <= p.features; d += W) store(dst + d, load(of_features + d) * mul * map.slope(load(x + d)));
+      if (d == p.features) return;
+      float tail[W];
+      load_row(x + d, tail, p.features - d, W);
+      store(tail, load(of_features + d) * mul * map.slope(load(tail)));
+      store_row(dst + d, tail, p.features - d, 1.0f);
+    });
+  }
+
+  void key_segment(const Segment& s, int64_t hs) {
+    bool lost = false;
+    if (p.causal && s.last) {
+      grad.read(kv_of(p, b.grad_kv, s.sequence, hs), sum_of(p, b.grad_k_sum, s.sequence, hs), false);
+    } else {
+      const float* from = slot_of(p, b.grad_states, s.slot, hs);
+      grad.read(from, from + int64_t(p.features) * p.values, false);
+      lost = b.grad_states.lost[s.slot * p.state_heads + hs];
+    }
+    for (int64_t t = last_chunk(s); t >= s.from; t -= CHUNK) {
+      const int count = int(std::min<int64_t>(CHUNK, s.to - t));
+      tile.load_keys(s.batch, hs, t, count);
+      Rows &dk = of_keys, &dv = of_values;
+      transpose(grad.main.at(0), grad.main.ld, grad_t, tile.k.ld, vectors(p.features), g.padded);
+      tile.cross(tile.keys_at_end(), grad.main, dv, count);
+      gemm({tile.v.at(0), tile.v.ld, 1, grad_t, tile.k.ld, dk.at(0), dk.ld, nullptr, 0, p.values}, count, dk.padded / W);
+      if (p.normalize)
+        for (int j = 0; j < count; ++j)
+          for (int d = 0; d < dk.padded; d += W) store(dk.at(j) + d, load(dk.at(j) + d) + load(grad.sum + d));
+      if (tile.decay.any()) tile.scale_rows(dk, tile.decay.to_end, count);
+      if (b.grad_sums)
+        for (int j = 0; j < count; ++j) *sum_at(s.batch, hs, t + j) -= tile.dot(tile.k.at(j), dk.at(j), dk.padded);
+      int spoilt = lost ? CHUNK : 0;  // keys before this one
+      if (p.causal) {
+        grad.shrink(tile.decay.whole);
+        transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        transpose(tile.v.at(0), tile.v.ld, v_t, tile.ld, vectors(count), tile.v.padded);
+        for (int64_t n = 0; n < tile.group; ++n) {
+          load_rows(s.batch, hs * tile.group + n, t, count, true);
+          spoilt = std::max(spoilt, last_bad_row() + 1);
+          tile.lower(tile.q, k_t, tile.weights, count);
+          tile.decayed(tile.weights, count, nullptr, [](int, float) {});
+          tile.add_upper(tile.weights, g, dv, count);
+          tile.lower(g, v_t, of_weights, count);
+          if (b.grad_sums) sum_pairs(s.batch, hs, t, count);
+          tile.decayed(of_weights, count, p.normalize ? c : nullptr, [](int, float) {});
+          tile.add_upper(of_weights, tile.q, dk, count);
+          remember(count);
+        }
+      }
+      for (int j = 0; j < count; ++j) store_key(s.batch, hs, t + j, j, j < spoilt || tile.k.bad(j) || tile.v.bad(j));
+      lost |= spoilt > 0;
+    }
+    if (!p.causal || !s.first) return;
+    if (lost) grad.spoil();
+    grad.write(kv_of(p, b.grad_initial_kv, s.sequence, hs), sum_of(p, b.grad_initial_k_sum, s.sequence, hs));
+  }
+
+  // What the pairs of a chunk add to the gradients of the decay's sums: each is behind the sum at its query and before
+  // that at its key. A query with its own key depends on neither, and is left out rather than taken away again.
+  void sum_pairs(int64_t batch, int64_t hs, int64_t t, int count) const {
+    float of_key[CHUNK] = {};
+    for (int i = 1; i < count; ++i) {
+      const float *w = tile.weights + i * tile.ld, *of = of_weights + i * tile.ld;
+      vf sum{};
+      for (int j = 0; j < i; j += W) {
+        const vf x = load(w + j) * (load(of + j) + c[i]);
+        const vf y = Tile<T>::lanes() + j < i ? x : vf{};
+        store(of_key + j, load(of_key + j) + y);
+        sum += y;
+      }
+      *sum_at(batch, hs, t + i) += sum_lanes(sum)[0];
+    }
+    for (int j = 0; j < count; ++j) *sum_at(batch, hs, t + j) -= of_key[j];
+  }
+
+  void store_key(int64_t batch, int64_t hs, int64_t t, int j, bool lost) {
+    if (tile.hidden(batch, t)) of_keys.clear(j), of_values.clear(j), lost = false;
+    const float mul = lost ? NOT_A_NUMBER : 1.0f;
+    const int64_t at = (batch * p.state_heads + hs) * p.keys + t;
+    if (b.part_k) {
+      store_row(b.part_k + at * p.features, of_keys.at(j), p.features, mul);
+    } else {
+      store_through_map(row_of<T>(b.grad_k, batch, hs, t), of_keys.at(j), row_of<T>(p.k, batch, hs, t), mul);
+    }
+    if (b.part_v) {
+      store_row(b.part_v + at * p.values, of_values.at(j), p.values, mul);
+    } else {
+      store_row(row_of<T>(b.grad_v, batch, hs, t), of_values.at(j), p.values, mul);
+    }
+  }
+
+  const BackwardParams& b;
+  const Params& p;
+  Tile<T> tile;
+  Rows g, early_q, of_keys, of_values;
+  float c[CHUNK];
+  State state_t, grad;
+  Buffer grad_t, k_t, v_t, of_weights;
+};
+
+// Gradients of the heads that read one head of q (which 0), k (1) or v (2), summed up in their order.
+template <typename T>
+void sum_heads(const BackwardParams& b, int which, int64_t from, int64_t to) {
+  const Params& p = b.forward;
+  const Strided& x = which == 0 ? p.q : which == 1 ? p.k : p.v;
+  const Strided& grad = which == 0 ? b.grad_q : which == 1 ? b.grad_k : b.grad_v;
+  const float* part = which == 0 ? b.part_q : which == 1 ? b.part_k : b.part_v;
+  const int64_t readers = which == 0 ? p.heads : p.state_heads, tokens = which == 0 ? p.queries : p.keys;
+  const int size = which == 2 ? p.values : p.features;
+  const Map map = which == 2 ? Map::identity : p.map;
+  std::vector<float> source(size_t(vectors(size))), sum(source.size());
+  for (int64_t row = from; row < to; ++row) {
+    const int64_t t = row % tokens, head = row / tokens % (readers / x.share), batch = row / tokens / (readers / x.share);
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    for (int64_t n = 0; n < x.share; ++n) {
+      const float* at = part + ((batch * readers + head * x.share + n) * tokens + t) * size;
+      for (int d = 0; d < size; ++d) sum[size_t(d)] += at[d];
+    }
+    load_row(row_of<T>(x, batch, head * x.share, t), source.data(), size, vectors(size));
+    with_map(map, [&](auto of) {
+      for (int d = 0; d < size; d += W)
+        store(sum.data() + d, load(sum.data() + d) * of.slope(load(source.data() + d)));
+    });
+    store_row(row_of<T>(grad, batch, head * x.share, t), sum.data(), size, 1.0f);
+  }
+}
+
+}  // namespace accel::ACCEL_ISA::linear

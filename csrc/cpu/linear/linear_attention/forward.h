@@ -1,0 +1,143 @@
+// Forward: each run of tokens from the state where it begins; the states of runs that follow others are made first.
+#pragma once
+
+#include "tile.h"
+
+namespace accel::ACCEL_ISA::linear {
+
+template <typename T>
+class Forward {
+ public:
+  explicit Forward(const Params& p)
+      : p(p), tile(p), state(p.features, p.values, p.features), out(p.values), k_t(int64_t(tile.k.padded) * tile.ld) {}
+
+  // What each run of keys adds to the state, into its slot.
+  void states(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const Segment& s = p.key_segments[task / p.state_heads];
+      const int64_t hs = task % p.state_heads, slot = task / p.state_heads;
+      if (p.causal && s.last) continue;  // what comes after it is not computed from a slot
+      state.clear();
+      bool lost = false;
+      for (int64_t t = s.from; t < s.to; t += CHUNK) {
+        const int count = int(std::min<int64_t>(CHUNK, s.to - t));
+        tile.load_keys(s.batch, hs, t, count);
+        remember(count);
+        lost |= tile.first_bad_key() < CHUNK;
+      }
+      float* dst = slot_of(p, p.states, slot, hs);
+      state.write(dst, dst + int64_t(p.features) * p.values);
+      p.states.lost[slot * p.state_heads + hs] = lost;
+    }
+  }
+
+  // From what runs add to the state where each begins; without order, the state of all keys.
+  void join(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t n = task / p.state_heads, hs = task % p.state_heads, size = tile.size;
+      const int64_t first = p.first_key_segment[n], end = p.first_key_segment[n + 1];
+      std::vector<float> now(size_t(size), 0.0f);
+      const float *kv = kv_of(p, p.kv, n, hs), *k_sum = sum_of(p, p.k_sum, n, hs);
+      if (kv) std::copy_n(kv, size - p.features, now.data());
+      if (k_sum) std::copy_n(k_sum, p.features, now.data() + size - p.features);
+      bool lost = false;
+      for (int64_t slot = first; slot < end; ++slot) {
+        float* at = slot_of(p, p.states, slot, hs);
+        char& flag = p.states.lost[slot * p.state_heads + hs];
+        if (p.causal) {
+          const float shrink = decay_over(p, hs, p.key_segments[slot]);
+          const bool last = slot + 1 == end;
+          for (int64_t i = 0; i < size; ++i) {
+            const float begins = now[size_t(i)];
+            if (!last) now[size_t(i)] = begins * shrink + at[i];
+            at[i] = begins;
+          }
+          const bool added = !last && flag;
+          flag = lost;
+          lost |= added;
+        } else {
+          for (int64_t i = 0; i < size; ++i) now[size_t(i)] += at[i];
+          lost |= bool(flag);
+        }
+      }
+      if (p.causal) continue;
+      std::copy_n(now.data(), size, slot_of(p, p.states, first, hs));
+      p.states.lost[first * p.state_heads + hs] = lost;
+      if (lost) std::fill(now.begin(), now.end(), NOT_A_NUMBER);
+      if (p.kv_out) std::copy_n(now.data(), size - p.features, kv_of(p, p.kv_out, n, hs));
+      if (p.k_sum_out) std::copy_n(now.data() + size - p.features, p.features, sum_of(p, p.k_sum_out, n, hs));
+    }
+  }
+
+  void run(int64_t from, int64_t to) {
+    for (int64_t task = from; task < to; ++task) segment(p.query_segments[task / p.state_heads], task % p.state_heads);
+  }
+
+ private:
+  void segment(const Segment& s, int64_t hs) {
+    bool lost = begin_state(p, s, hs, state, false);
+    for (int64_t t = s.from; t < s.to; t += CHUNK) {
+      const int count = int(std::min<int64_t>(CHUNK, s.to - t));
+      int bad = lost ? 0 : CHUNK;
+      if (p.causal) {
+        tile.load_keys(s.batch, hs, t, count);
+        transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        bad = std::min(bad, tile.first_bad_key());
+      }
+      for (int64_t g = 0; g < tile.group; ++g) rows(s.batch, hs * tile.group + g, t, count, bad);
+      if (p.causal) remember(count);
+      lost |= bad < CHUNK;
+    }
+    if (!p.causal || !s.last) return;
+    if (lost) state.spoil();
+    state.write(kv_of(p, p.kv_out, s.sequence, hs), sum_of(p, p.k_sum_out, s.sequence, hs));
+  }
+
+  // The chunk's keys enter the state.
+  void remember(int count) {
+    const Rows& keys = tile.keys_at_end();
+    state.shrink(tile.decay.whole);
+    tile.accumulate(keys, tile.v, state.main, count);
+    if (p.normalize) tile.add_rows(keys, nullptr, state.sum, count);
+  }
+
+  // Output rows of a chunk of queries; those from `bad` on see something that is not finite.
+  void rows(int64_t b, int64_t h, int64_t t, int count, int bad) {
+    tile.load_queries(b, h, t, count);
+    tile.cross(tile.q, state.main, out, count);
+    float den[CHUNK];
+    if (p.normalize)
+      for (int i = 0; i < count; ++i) den[i] = tile.dot(tile.q.at(i), state.sum, tile.q.padded);
+    if (tile.decay.any()) {
+      tile.scale_rows(out, tile.decay.from_start, count);
+      if (p.normalize)
+        for (int i = 0; i < count; ++i) den[i] *= tile.decay.from_start[i];
+    }
+    if (p.causal) {
+      tile.lower(tile.q, k_t, tile.weights, count);
+      tile.decayed(tile.weights, count, nullptr, [&](int i, float sum) {
+        if (p.normalize) den[i] += sum;
+      });
+      tile.add_lower(tile.weights, tile.v, out, count);
+    }
+    for (int i = 0; i < count; ++i) {
+      float mul = 1.0f;
+      if (p.normalize) {
+        den[i] += p.eps;
+        p.den[(b * p.heads + h) * p.queries + t + i] = den[i];
+        mul = den[i] == 0.0f ? 0.0f : 1.0f / den[i];
+      }
+      T* dst = row_of<T>(p.out, b, h, t + i);
+      if (i >= bad || tile.q.bad(i)) mul = NOT_A_NUMBER;
+      store_row(dst, out.at(i), p.values, mul);
+    }
+  }
+
+  const Params& p;
+  Tile<T> tile;
+  State state;
+  Rows out;
+  Buffer k_t;
+};
+
+}  // namespace accel::ACCEL_ISA::linear
