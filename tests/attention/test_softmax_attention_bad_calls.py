@@ -134,7 +134,7 @@ BAD = [
     Bad("sinks_integer", TypeError, "sinks .*int64", {"sinks": zeros(4, **INT)}),
     Bad("packed_batch", ValueError, r"\(1, H, total, D\), got .*\(2, 4, 6, 8\)", {"cu_seqlens_q": offsets(0, 6)}),
     Bad("cu_k_alone", ValueError, r"cu_seqlens_k needs cu_seqlens_q, got .*\(2,\)", {"cu_seqlens_k": offsets(0, 7)}),
-    Bad("no_such_backend", ValueError, "no backend 'cuda9'; it has cpu", {"backend": "cuda9"}),
+    Bad("no_such_backend", ValueError, "no backend 'cuda9'; it has torch, cpu", {"backend": "cuda9"}),
     Bad(
         "backend_refuses",
         NotImplementedError,

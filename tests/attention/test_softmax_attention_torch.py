@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import accel
 from accel import dispatch, testing
 from accel.kernels import _launch
-from accel.ops.attention import cudnn
+from accel.ops.attention import cudnn, softmax_attention
 from accel.ops.attention.softmax_attention import OP
 from accel.testing import assert_close
 
@@ -198,6 +198,7 @@ def stand_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cudnn, "forward", forward)
     monkeypatch.setattr(cudnn, "backward", backward)
     monkeypatch.setattr(cudnn, "why_not", lambda args: None)
+    monkeypatch.setattr(softmax_attention, "_on_cpu", lambda x: False)
 
 
 def inputs(layout: bool = False, kv_heads: int = 2) -> dict[str, torch.Tensor]:

@@ -26,15 +26,9 @@ def _has_cudnn() -> bool:
     return named and torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
 
 
-def why_not(args: Any) -> str | None:
-    """Why cuDNN does not compute this call. ``torch.compile`` traces through this."""
+def why_not_plain(args: Any, least_tokens: int) -> str | None:
+    """Why no kernel of torch's, for whatever device, computes this call."""
     q, k, v = args.q, args.k, args.v
-    if q.device.type != "cuda":
-        return f"cuDNN runs on NVIDIA GPUs, and the tensors are on {q.device.type}"
-    if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
-        return "it is for compute capability 9.0 and above: cuDNN's kernels were measured to be faster on 9.0"
-    if q.dtype not in HALF_DTYPES:
-        return f"cuDNN takes bfloat16 and float16, not {q.dtype}"
     extras = (args.bias, args.line, args.table, args.sinks, args.mask)
     if args.rule == "other" or any([x is not None for x in extras]) or args.softcap > 0.0 or args.dropout_p > 0.0:
         return "it is for calls without bias, mask, sinks, softcap and dropout, over all keys or in causal order"
@@ -42,8 +36,32 @@ def why_not(args: Any) -> str | None:
         return f"its causal order is for as many queries as keys, not {q.shape[2]} and {k.shape[2]}"
     if q.shape[3] != v.shape[3] or q.shape[3] not in HEAD_SIZES:
         return f"it is for head sizes of 64 and 128, not {q.shape[3]} and {v.shape[3]}"
-    if min(q.shape[2], k.shape[2]) < LEAST_TOKENS:
-        return f"it is for {LEAST_TOKENS} tokens or more, not {q.shape[2]} queries and {k.shape[2]} keys"
+    if not _at_least(least_tokens, min(q.shape[2], k.shape[2])):
+        return f"it is for {least_tokens} tokens or more, not {q.shape[2]} queries and {k.shape[2]} keys"
+    return None
+
+
+def _at_least(bound: int, size: Any) -> bool:
+    """Of a size that an export leaves open, whether it always is: the program is for all of them."""
+    if not torch.compiler.is_exporting():
+        return bool(size >= bound)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size >= bound)
+
+
+def why_not(args: Any) -> str | None:
+    """Why cuDNN does not compute this call. ``torch.compile`` traces through this."""
+    q = args.q
+    if q.device.type != "cuda":
+        return f"cuDNN runs on NVIDIA GPUs, and the tensors are on {q.device.type}"
+    if torch.version.hip or torch.cuda.get_device_capability(q.device) < (9, 0):
+        return "it is for compute capability 9.0 and above: cuDNN's kernels were measured to be faster on 9.0"
+    if q.dtype not in HALF_DTYPES:
+        return f"cuDNN takes bfloat16 and float16, not {q.dtype}"
+    reason = why_not_plain(args, LEAST_TOKENS)
+    if reason is not None:
+        return reason
     if dispatch.deterministic():
         return "determinism is asked for, and the sums of cuDNN's backward have no fixed order"
     if not _has_cudnn():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accel import backends, dispatch, library, philox
 from accel.backends import HALF_DTYPES, KERNEL_DTYPES, check_beside, inner_dtype
-from accel.ops.attention import cudnn
+from accel.ops.attention import cudnn, flash_cpu
 from accel.ops.attention.arguments import (
     INT32_MAX,
     Turn,
@@ -201,7 +201,7 @@ def _why_not_triton(args: Args) -> str | None:
     return _triton.why_not(args) or _why_not_size(args, 8)
 
 
-def _torch_forward(*args: Any) -> Any:
+def _cudnn_forward(*args: Any) -> Any:
     given = Args(*args)
     out, lse = cudnn.forward(given.q, given.k, given.v, given.rule == "causal", given.scale)
     out, lse = _as_promised(out, given.q), lse.contiguous()
@@ -210,20 +210,53 @@ def _torch_forward(*args: Any) -> Any:
     return out, lse, lse.new_empty(0)
 
 
-def _torch_backward(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+def _cudnn_backward(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
     if grad_out is None or grad_lse is not None or dispatch.deterministic():
         return _triton_backward(grad_out, grad_lse, out, lse, *rest)
     args = Args(*rest[1:-1])
-    main, causal = (args.q, args.k, args.v), args.rule == "causal"
-    found = cudnn.backward(grad_out, out, lse, *main, causal, args.scale)
-    grads = [_as_promised(grad, x) for grad, x in zip(found, main, strict=True)]
-    if causal:
+    found = cudnn.backward(grad_out, out, lse, args.q, args.k, args.v, args.rule == "causal", args.scale)
+    grads = [_as_promised(grad, x) for grad, x in zip(found, args[:3], strict=True)]
+    if args.rule == "causal":
         dispatch.leaf(_TRITON)[0].backward_again(cudnn.largest(*grads), grads, grad_out, out, lse, args)
     return *grads, *[lse.new_empty(0) for _ in range(4)]
 
 
-def _why_not_torch(args: Args) -> str | None:
-    return cudnn.why_not(args) or _why_not_triton(args)  # which computes what cuDNN does not
+def _flash_forward(*args: Any) -> Any:
+    given = Args(*args)
+    causal = given.rule == "causal"
+    out, lse = flash_cpu.forward(given.q, given.k, given.v, causal, given.scale)
+    if not flash_cpu.finite(lse) or (causal and not flash_cpu.finite(out)):
+        return _cpu_forward(*args)
+    return _as_promised(out, given.q), lse.contiguous(), lse.new_empty(0)
+
+
+def _flash_backward(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> Any:
+    args = Args(*rest[1:-1])
+    through_lse = grad_lse is not None and bool(grad_lse.any())  # compiled code hands over zeros for none
+    ours = through_lse or dispatch.deterministic() or not flash_cpu.backward_is_faster(args)
+    if grad_out is None or ours or not flash_cpu.finite(lse):
+        return _cpu_backward(grad_out, grad_lse, out, lse, *rest)
+    found = flash_cpu.backward(grad_out, out, lse, args.q, args.k, args.v, args.scale)
+    grads = [_as_promised(grad, x) for grad, x in zip(found, args[:3], strict=True)]
+    return *grads, *[lse.new_empty(0) for _ in range(4)]
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _torch_forward(*args: Any) -> Any:
+    return _flash_forward(*args) if _on_cpu(args[0]) else _cudnn_forward(*args)
+
+
+def _torch_backward(grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, *rest: Any) -> Any:
+    return (_flash_backward if _on_cpu(out) else _cudnn_backward)(grad_out, grad_lse, out, *rest)
+
+
+def _why_not_torch(args: Args) -> str | None:  # our kernels compute what torch's do not
+    if _on_cpu(args.q):
+        return flash_cpu.why_not(args) or _why_not_cpu(args)
+    return cudnn.why_not(args) or _why_not_triton(args)
 
 
 # --- declaration ---
@@ -481,16 +514,16 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
-            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend(
                 "torch",
                 _why_not_torch,
                 _torch_forward,
                 _torch_backward,
-                frozenset({"cuda"}),
+                frozenset({"cpu", "cuda"}),
                 HALF_DTYPES,
                 extra=True,
             ),
+            dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend(
                 "triton", _why_not_triton, _triton.forward, _triton_backward, frozenset({"cuda"}), KERNEL_DTYPES
             ),
