@@ -26,6 +26,11 @@ Layout = dict[Path, str]
 BY_TOKEN, BY_ROW, AS_IT_IS, POOLED = "by token", "by row", "as it is", "pooled"
 
 
+def cannot(module: nn.Module, reason: str) -> str:
+    """The sentence in which every call and every model is refused: which class, of all that a program runs, and why."""
+    return f"{type(module).__name__} cannot run on flattened batches: {reason}"
+
+
 # --- what goes in ---
 
 
@@ -34,23 +39,23 @@ def by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return dict(zip(names[1:], args, strict=False)) | kwargs
 
 
-def tokens_of(given: dict[str, Any]) -> tuple[str, Tensor]:
+def tokens_of(module: nn.Module, given: dict[str, Any]) -> tuple[str, Tensor]:
     """The argument that holds the tokens, with its name."""
     for name in TOKENS:
         if given.get(name) is not None:
             return name, given[name]
-    raise ValueError("flattened batches need input_ids or inputs_embeds")
+    raise ValueError(cannot(module, f"neither {' nor '.join(TOKENS)} is given"))
 
 
 def check(module: nn.Module, given: dict[str, Any]) -> Tensor:
     """Where the tokens are real, ``(B, S)`` boolean; raises where the call cannot be flattened."""
     mask = given["attention_mask"]
-    tokens = tokens_of(given)[1]
+    tokens = tokens_of(module, given)[1]
     size = tokens.shape[:2]
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != size:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise NotImplementedError(
-            f"a batch is flattened by an attention_mask (B, S) as long as its tokens {tuple(size)}, got {shape}"
+            cannot(module, f"they need an attention_mask (B, S) as long as the tokens {tuple(size)}, got {shape}")
         )
     config: Any = module.config
     for name in _NEVER:
@@ -59,14 +64,15 @@ def check(module: nn.Module, given: dict[str, Any]) -> Tensor:
             asked = asked or getattr(config, name, False)
         if asked is not None and asked is not False:
             advice = "generate without a cache or " if name in _CACHES else ""
-            raise NotImplementedError(f"a flattened batch has no {name}; {advice}unpatch the model for such calls")
+            raise NotImplementedError(cannot(module, f"they have no {name}; {advice}unpatch the model for such calls"))
     for name, x in given.items():
         if name == "position_ids" and isinstance(x, Tensor):
             fits = x.shape[-1:] == size[1:] and x.shape[:-1] in ((), (1,), size[:1])
         else:
             fits = not isinstance(x, Tensor) or x.dim() == 0 or x.shape[:2] == size
         if not fits:
-            raise NotImplementedError(f"{name} {tuple(x.shape)} is not laid out as the tokens {tuple(size)} are")
+            words = f"{name} {tuple(x.shape)} is not laid out as the tokens {tuple(size)} are"
+            raise NotImplementedError(cannot(module, words))
     return (mask != 0).to(tokens.device)
 
 
@@ -140,10 +146,11 @@ def _check_largest(module: nn.Module, padded: Tensor, flat: Tensor) -> None:
         return
     longest, real = int(padded.max()) + 1, int(flat.max()) + 1
     if longest > real and longest > min(original):
-        raise NotImplementedError(
-            f"the rotary embedding of {type(module).__name__} changes with the largest position from {min(original)} "
-            f"on, and the batch is padded to {longest} where its longest sequence ends at {real}; pad it less"
+        words = (
+            f"its rotary embedding changes with the largest position from {min(original)} on, and the batch is padded "
+            f"to {longest} where its longest sequence ends at {real}; pad it less"
         )
+        raise NotImplementedError(cannot(module, words))
 
 
 def _original_lengths(module: Any) -> Iterator[int]:
@@ -179,7 +186,7 @@ def run(module: nn.Module, given: dict[str, Any], real: Tensor, way: str) -> Fla
             positions reach further than the real tokens.
     """
     padded = _positions(module, given, real, way)
-    _, indices, cu_seqlens, _ = packing.unpad(tokens_of(given)[1], real)
+    _, indices, cu_seqlens, _ = packing.unpad(tokens_of(module, given)[1], real)
     flat = {name: _flattened(x, indices) for name, x in given.items() if name != "position_ids"}
     flat |= {"position_ids": _flattened(padded, indices), "attention_mask": None}
     flat |= {"use_cache": False, "return_dict": True}
@@ -189,7 +196,7 @@ def run(module: nn.Module, given: dict[str, Any], real: Tensor, way: str) -> Fla
     with transformers_interface.packed(packed):
         out = type(module).forward(module, **flat)
     if not packed.masks or _attended(module) == before:
-        raise NotImplementedError(f"{type(module).__name__} computed attention without accel's masks or function")
+        raise NotImplementedError(cannot(module, "it computed attention without accel's masks or function"))
     return Flat(out, indices)
 
 
@@ -238,7 +245,7 @@ def padded_again(module: nn.Module, flat: Flat, layout: Layout, batch: int, leng
     def restore(x: Any, path: Path) -> Any:
         if isinstance(x, Tensor):
             if path not in layout:
-                raise NotImplementedError(f"{type(module).__name__} returns {name_of(path)}, which is not known here")
+                raise NotImplementedError(cannot(module, f"it returns {name_of(path)}, which is not known here"))
             if layout[path] == BY_TOKEN:
                 return packing.pad(x[0], flat.indices, batch, length)
             return packing.pad(x, flat.indices, batch, length).flatten(0, 1) if layout[path] == BY_ROW else x

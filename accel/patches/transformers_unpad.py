@@ -37,7 +37,7 @@ def base_of(model: nn.Module) -> tuple[str, nn.Module]:
         base = _without_head(base)
     reason = _why_not(base) if isinstance(base, nn.Module) else "it is no model of transformers"
     if reason is not None or not isinstance(base, nn.Module):
-        raise NotImplementedError(f"{type(model).__name__} cannot run on flattened batches: {reason}")
+        raise NotImplementedError(transformers_flat.cannot(model, str(reason)))
     return next((name, module) for name, module in model.named_modules() if module is base)
 
 
@@ -97,14 +97,16 @@ class Unpadding(Stand):
         module: Any = self.module
         given = transformers_flat.by_name(module, args, kwargs)
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            raise NotImplementedError("the length of a flattened batch is not known to torch.compile and torch.jit")
+            words = "their length is not known to torch.compile and torch.jit"
+            raise NotImplementedError(transformers_flat.cannot(module, words))
         if given.get("attention_mask") is None:
             self.count("no attention_mask is given")
             return type(module).forward(module, *args, **kwargs)
         with_tuple = given.pop("return_dict", getattr(module.config, "return_dict", True)) is False
         real = transformers_flat.check(module, given)
         if getattr(module, "pooler", None) is not None and not bool(real[:, 0].all()):
-            raise NotImplementedError("the pooler reads the first token, which is padding here")
+            words = "its pooler reads the first token, which is padding here"
+            raise NotImplementedError(transformers_flat.cannot(module, words))
         if not bool(real.any()):
             self.count("no token is real")
             return type(module).forward(module, *args, **kwargs)

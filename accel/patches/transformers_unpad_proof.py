@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.patches import transformers_flat
-from accel.patches.transformers_flat import AS_IT_IS, BY_TOKEN, POOLED, Flat, Layout, Path, leaves, name_of
+from accel.patches.transformers_flat import AS_IT_IS, BY_TOKEN, POOLED, Flat, Layout, Path, cannot, leaves, name_of
 from accel.patches.transformers_trial import LENGTHS, MIDDLE, TOTAL, Trial, unnoticed
 
 # What rounding explains, as a part of a token's vector. Equal runs differ by a few units in the last place at most (by
@@ -66,7 +66,7 @@ def prove(module: nn.Module, given: dict[str, Any], real: Tensor) -> Proven:
         try:
             return _prove(module, trial, hooks=True)  # perhaps it needs them to run
         except _TrialError as error:
-            raise NotImplementedError(f"{_cannot(module)}: {error}") from error.__cause__
+            raise NotImplementedError(cannot(module, str(error))) from error.__cause__
 
 
 def _prove(module: nn.Module, trial: Trial, hooks: bool) -> Proven:
@@ -93,7 +93,7 @@ def _prove(module: nn.Module, trial: Trial, hooks: bool) -> Proven:
         (pooled, alike, "the pooler reads more than a first token"),
     ):
         if not seen.size <= bound:  # NaN proves nothing
-            raise NotImplementedError(f"{_cannot(module)}: on a trial of {TOTAL} tokens {seen.text(bound)}; {what}")
+            raise NotImplementedError(cannot(module, f"on a trial of {TOTAL} tokens {seen.text(bound)}; {what}"))
     return Proven(found.way, layout)
 
 
@@ -102,10 +102,6 @@ def _prove(module: nn.Module, trial: Trial, hooks: bool) -> Proven:
 
 class _TrialError(Exception):
     pass
-
-
-def _cannot(module: nn.Module) -> str:
-    return f"{type(module).__name__} cannot run on flattened batches"
 
 
 def _run(module: nn.Module, how: str, function: Callable[[], Any]) -> Any:
@@ -157,17 +153,15 @@ def _layout(module: nn.Module, padded: Any, flat: Flat, real: Tensor) -> Layout:
     expected, found = dict(leaves(padded)), dict(leaves(flat.out))
     if list(expected) != list(found) or not found:
         names = [", ".join(name_of(path) for path in out) or "no tensors" for out in (expected, found)]
-        raise NotImplementedError(f"{_cannot(module)}: padded it returns {names[0]}, flattened {names[1]}")
+        raise NotImplementedError(cannot(module, f"padded it returns {names[0]}, flattened {names[1]}"))
     pools = getattr(module, "pooler", None) is not None
     layout = {}
     for path, x in found.items():
         shapes = tuple(expected[path].shape), tuple(x.shape)
         kind = transformers_flat.kind(path, *shapes, real, pools)
         if kind is None:
-            raise NotImplementedError(
-                f"{_cannot(module)}: for a batch {tuple(real.shape)} with {TOTAL} tokens its {name_of(path)} is "
-                f"{shapes[0]} padded and {shapes[1]} flattened"
-            )
+            words = f"its {name_of(path)} is {shapes[0]} padded and {shapes[1]} flattened"
+            raise NotImplementedError(cannot(module, f"for a batch {tuple(real.shape)} with {TOTAL} tokens {words}"))
         layout[path] = kind
     return layout
 

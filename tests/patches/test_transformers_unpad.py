@@ -323,7 +323,9 @@ def test_text_alone_in_a_model_of_pictures():
     report = accel.patch(model, unpad=True)
     assert_same(outputs(model, inputs), expected)
     assert report.rows[-1].calls == 1
-    with pytest.raises(NotImplementedError, match=r"pixel_values \(2, 3, 16, 16\) is not laid out as the tokens"):
+    with pytest.raises(
+        NotImplementedError, match=r"LlavaModel .* pixel_values \(2, 3, 16, 16\) is not laid out as the tokens"
+    ):
         model(**inputs, pixel_values=torch.zeros(2, 3, 16, 16))
 
 

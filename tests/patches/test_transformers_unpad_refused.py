@@ -1,5 +1,8 @@
 """Flattened batches of transformers: calls and outputs that are refused, and a trial that leaves no trace."""
 
+import ast
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -24,6 +27,7 @@ from _transformers_models import (
 from _unpad_models import BOTH, MIXTURES
 
 import accel
+from accel.patches import transformers_flat, transformers_unpad, transformers_unpad_proof
 
 pytestmark = pytest.mark.usefixtures("on_reference")
 
@@ -43,7 +47,7 @@ def test_a_cache_is_not_filled_with_flattened_keys(name):
     model = randomize(llama())
     accel.patch(model, unpad=True)
     cache = transformers.DynamicCache()
-    with pytest.raises(NotImplementedError, match=f"has no ({name}|cache)"):
+    with pytest.raises(NotImplementedError, match=f"have no ({name}|cache)"):
         model(**text(RIGHT), use_cache=False, **{name: cache})
     assert cache.get_seq_length() == 0
 
@@ -53,6 +57,44 @@ def test_positions_in_three_dimensions_are_refused_by_a_sentence():
     accel.patch(model, unpad=True)
     with pytest.raises(NotImplementedError, match=r"position_ids \(3, 3, 9\) is not laid out as the tokens"):
         model(**text(RIGHT), position_ids=torch.zeros(3, BATCH, LENGTH, dtype=torch.long))
+
+
+CALLS = {
+    "a mask of four axes": {"attention_mask": torch.ones(BATCH, 1, LENGTH, LENGTH, dtype=torch.bool)},
+    "no tokens": {"input_ids": None},
+    "a cache": {"use_cache": True},
+    "attention weights": {"output_attentions": True},
+    "pictures": {"pixel_values": torch.zeros(2, 3, 16, 16)},
+    "positions of three axes": {"position_ids": torch.zeros(3, BATCH, LENGTH, dtype=torch.long)},
+    "a first token that is padding": {"attention_mask": LEFT},
+    "compiled": {},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_refused_call_says_which_model_of_a_program_it_was(call):
+    model = randomize(transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT)))
+    accel.patch(model, unpad=True)
+    given = {**text(RIGHT), **CALLS[call]}
+    run = torch.compile(model, backend="eager", fullgraph=True) if call == "compiled" else model
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="BertModel cannot run on flattened batches: ") as caught:
+        run(**given)
+    if call != "compiled":
+        assert type(caught.value) is (ValueError if call == "no tokens" else NotImplementedError)
+        assert str(caught.value).startswith("BertModel cannot run on flattened batches: ")
+
+
+def test_every_refusal_is_that_sentence():
+    """Also of those that no call above provokes."""
+    written = 0
+    for module in (transformers_flat, transformers_unpad, transformers_unpad_proof):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                kind = ast.unparse(node.exc.func)
+                assert kind == "_TrialError" or "cannot(" in ast.unparse(node.exc), ast.unparse(node)
+                written += kind != "_TrialError"
+    assert written > 10
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
