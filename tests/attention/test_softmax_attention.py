@@ -21,7 +21,7 @@ from _attention_cases import (
 )
 
 import accel
-from accel import BlockCausal, BlockDiffusion, T5Buckets, testing
+from accel import BlockCausal, BlockDiffusion, T5Buckets, dispatch, testing
 from accel.ops.attention.softmax_attention import OP
 from accel.testing import assert_close, check_op
 
@@ -36,6 +36,15 @@ CHECKS = [
 @pytest.mark.parametrize("check", [check for _, check in CHECKS], ids=[name for name, _ in CHECKS])
 def test_op(check):
     check()
+
+
+@pytest.mark.parametrize("call", FOURS, ids=str)
+def test_heads_in_multiples_of_four_are_not_left_to_the_reference(call):
+    """The checks above would skip them."""
+    available("cpu", *by_name("plain").make(torch.float32, "cpu", 0))  # else the extension is not there
+    for dtype in call.dtypes:
+        tensors, kwargs = call.make(dtype, "cpu", 0)
+        assert dispatch.select(OP, OP.prepare(**tensors, **kwargs)).name == "cpu"
 
 
 # --- what the harness does not reach by itself: packed behaviour, and the gradient through the log-sum-exp ---
