@@ -1,4 +1,4 @@
-"""Linear attention of random sizes, heads, runs and packed lengths, on whole numbers: results are exact, gradients too."""
+"""Linear attention of random sizes, heads and packed lengths, on whole numbers: results and gradients are exact."""
 
 from __future__ import annotations
 
