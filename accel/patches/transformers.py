@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.patches import transformers_bias, transformers_decoders, transformers_deform
+from accel.patches import transformers_bias, transformers_decoders, transformers_deform, transformers_linear
 from accel.patches.entry import DROPOUT, LINEAR, Entry, why_not_bypass, why_not_dropout
 
 SWIN = "transformers.models.swin.modeling_swin"
@@ -225,4 +225,5 @@ ENTRIES = (
     _entry("swin2sr.modeling_swin2sr.Swin2SR", _swinv2),
     *transformers_decoders.ENTRIES,
     *transformers_deform.ENTRIES,
+    *transformers_linear.ENTRIES,
 )
