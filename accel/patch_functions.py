@@ -27,7 +27,10 @@ class FunctionStand(Stand):
         self.original = original
         self.attribute, self.op = entry.name, entry.op
         super().__init__(sys.modules[entry.home])  # type: ignore[arg-type]
-        self._names = tuple(inspect.signature(original).parameters)
+        parameters = inspect.signature(original).parameters.values()
+        self._names = tuple([p.name for p in parameters if p.kind is not p.VAR_KEYWORD])
+        self._takes_any = len(self._names) < len(parameters)
+        self._needs = {p.name for p in parameters if p.default is p.empty and p.name in self._names}
 
         @functools.wraps(original)
         def function(*args: Any, **kwargs: Any) -> Any:
@@ -56,12 +59,22 @@ class FunctionStand(Stand):
             reason = f"its {self._names[0]} is a {type(first).__name__}, not a tensor"
         elif torch.jit.is_tracing():
             reason = "torch.jit.trace is running, which records the library's own code"
-        elif len(args) > len(self._names) or not given.keys() <= set(self._names):
+        elif not self._reads(given, len(args)):
             reason = f"it is not called with its arguments, {', '.join(self._names)}"
+        else:
+            reason = self.entry.why_not_call(**given) or self._why_not_here(first)
         self.count(reason)
         if reason is not None:
             return self.original(*args, **kwargs)
         return self.entry.compute(self.attend, **given)
+
+    def _reads(self, given: dict[str, Any], positional: int) -> bool:
+        taken = self._takes_any or given.keys() <= set(self._names)
+        return taken and positional <= len(self._names) and self._needs <= given.keys()
+
+    def _why_not_here(self, first: Tensor) -> str | None:
+        dtype = self.entry.computes_in
+        return None if dtype is None else self.why_not_here(first, dtype)
 
     def __repr__(self) -> str:
         return f"<accel {self.op} for {self.entry.target}>"
@@ -109,9 +122,10 @@ class FunctionReport:
 def patch_functions() -> FunctionReport:
     """Let the kernels compute inside known functions of other libraries, for every caller in the process.
 
-    That is ``torchvision.ops.deform_conv2d``, which then also works where torchvision's own operator does not load.
-    It is a call of its own, and not a part of :func:`accel.patch`, because it reaches beyond any one model: a model's
-    report and its undo could not answer for it. ``with accel.patch_functions() as report:`` bounds it in time.
+    These are ``torchvision.ops.deform_conv2d``, which then also works where torchvision's own operator does not load,
+    and the scans of Mamba-2 in six families of transformers. It is a call of its own, and not a part of
+    :func:`accel.patch`, because it reaches beyond any one model: a model's report and its undo could not answer for it.
+    ``with accel.patch_functions() as report:`` bounds it in time.
 
     A function is replaced in the module that defines it and in every module that imported it under its own name,
     before or after; references under another name, in a closure or in a default argument keep the original. Calls that
@@ -136,6 +150,8 @@ def patch_functions() -> FunctionReport:
             row.reason = f"{entry.home} is not imported"
         elif not inspect.isfunction(found) or found.__module__ != entry.home:
             row.reason = f"it has been replaced by {found!r}"
+        elif (reason := entry.why_not(found)) is not None:
+            row.reason = reason
         else:
             stand = _standing[target] = FunctionStand(entry, found)
             stand.put()

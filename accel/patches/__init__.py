@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from accel.patches import diffusers, mmcv, timm, torch_nn, torchvision, transformers, transformers_vision
+from accel.patches import (
+    diffusers,
+    mmcv,
+    timm,
+    torch_nn,
+    torchvision,
+    transformers,
+    transformers_mamba2,
+    transformers_vision,
+)
 from accel.patches.entry import Entry, Function, class_path
 
 __all__ = ["FUNCTIONS", "TABLE", "Entry", "Function", "class_path"]
 
 LIBRARIES = (torch_nn, torchvision, timm, transformers, transformers_vision, diffusers, mmcv)
 TABLE: dict[str, Entry] = {e.target: e for library in LIBRARIES for e in library.ENTRIES}
-FUNCTIONS: dict[str, Function] = {f.target: f for f in torchvision.FUNCTIONS}
+FUNCTIONS: dict[str, Function] = {f.target: f for f in (*torchvision.FUNCTIONS, *transformers_mamba2.FUNCTIONS)}

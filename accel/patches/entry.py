@@ -16,6 +16,14 @@ def accepts_any_call(module: Any, **given: Any) -> str | None:
     return None
 
 
+def accepts_any_arguments(**given: Any) -> str | None:
+    return None
+
+
+def every_function(function: Any) -> str | None:
+    return None
+
+
 def every_module(module: Any) -> bool:
     return True
 
@@ -55,6 +63,13 @@ class Function:
     op: str
     compute: Callable[..., Any]
     """``compute(attend, **given)``, where ``attend`` is the op and the arguments come by the function's names."""
+    why_not_call: Callable[..., str | None] = accepts_any_arguments
+    """Given the same arguments: why a call goes to the original."""
+    why_not: Callable[[Any], str | None] = every_function
+    """Why an original is left in its place."""
+    computes_in: torch.dtype | None = None
+    """The dtype of the tensors that the op gets. Where only its reference takes that, the original computes; None where
+    the reference serves too, since the original may not load."""
 
     @property
     def home(self) -> str:

@@ -107,15 +107,16 @@ class Stand:
         vars(module)[Stands.PLACE] = Stands({**Stands.of(module), self.attribute: own})
         return own
 
-    def why_not_here(self, x: Tensor) -> str | None:
-        """Why a call with ``x`` is left to the class: no kernel could compute it, and the reference is no faster."""
+    def why_not_here(self, x: Tensor, dtype: torch.dtype | None = None) -> str | None:
+        """Why a call with ``x`` is left to the class: no kernel could compute it, and the reference is no faster.
+        ``dtype``: what the op gets, where that is not the dtype of ``x``."""
         asked = dispatch._settings.backend
         known = [] if asked is None else [b.name for b in dispatch.OPS[self.op].backends]
         if dispatch._settings.strict or asked in known:
             return None
         if x.device.type == "meta" or not x.is_floating_point():
             return None
-        return only_reference(self.op, str(x.device), x.dtype)
+        return only_reference(self.op, str(x.device), dtype or x.dtype)
 
     def kept(self) -> str | None:
         """Why the class's own code would run if the module were called as it stands, on tensors like its parameters."""

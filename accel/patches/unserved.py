@@ -1,4 +1,5 @@
-"""Classes of attention that are known and that no op computes, each with the reason: what a report says of them."""
+"""Classes of attention that are known and that no patch of a model computes, each with the reason: what a report says
+of them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ _LINEAR = "its attention is linear: no softmax over pairs of tokens"
 _CLASS_TOKEN = "its class token alone asks, which is little work"
 _POOLS = "it pools a map once, which is little work"
 _TWO = "it subtracts one softmax from another"
+_FUNCTION = "its scan is a function, which accel.patch_functions() replaces"
 _BY_QUERY = "its query weighs relative positions along each axis, which makes a bias of its own for every image"
 
 UNSERVED: dict[str, str] = {
@@ -22,7 +24,6 @@ UNSERVED: dict[str, str] = {
         _HEADS: ("models.cait.TalkingHeadAttn", "models.efficientformer_v2.Attention2d"),
         _LINEAR: (
             "models.coat.FactorAttnConvRelPosEnc",
-            "models.efficientvit_mit.LiteMLA",
             "models.mobilevit.LinearSelfAttention",
             "models.swiftformer.EfficientAdditiveAttention",
             "layers.lambda_layer.LambdaLayer",
@@ -55,4 +56,15 @@ UNSERVED: dict[str, str] = {
         "it is a grouped convolution": ("models.nextvit.ConvAttention",),
     }.items()
     for path in paths
+}
+UNSERVED |= {
+    f"transformers.models.{family}.modeling_{family}.{name}": _FUNCTION
+    for family, name in {
+        "mamba2": "Mamba2Mixer",
+        "bamba": "BambaMixer",
+        "zamba2": "Zamba2MambaMixer",
+        "falcon_h1": "FalconH1Mixer",
+        "nemotron_h": "NemotronHMamba2Mixer",
+        "granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    }.items()
 }

@@ -19,6 +19,7 @@ from _deform_models import MODELS, Given, attention_inputs, build, everything, g
 from torchvision.ops import deform_conv as tv
 
 import accel
+from accel.patches import FUNCTIONS
 from accel.testing import assert_close
 
 TARGET = "torchvision.ops.deform_conv.deform_conv2d"
@@ -34,7 +35,8 @@ def theirs(monkeypatch):
 
 @pytest.fixture
 def own_function(theirs, monkeypatch):
-    """The function that torchvision ships, whatever it can do here."""
+    """The function that torchvision ships, whatever it can do here, and no other library's."""
+    monkeypatch.setattr(sys.modules["accel.patch_functions"], "FUNCTIONS", {TARGET: FUNCTIONS[TARGET]})
     monkeypatch.setattr(tv, "deform_conv2d", torchvision.ops.deform_conv2d)
 
 
@@ -401,6 +403,7 @@ def test_the_function_compiles_in_one_graph():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.usefixtures("own_function")
 def test_functions_of_libraries_that_are_not_imported(monkeypatch):
     monkeypatch.delitem(sys.modules, tv.__name__)
     with pytest.raises(ValueError, match=f"{TARGET}: torchvision.ops.deform_conv is not imported"):
