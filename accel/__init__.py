@@ -13,6 +13,7 @@ from accel.ops.deformable.deform_attention2d import deform_attention2d
 from accel.ops.deformable.deform_conv2d import deform_conv2d
 from accel.ops.deformable.ms_deform_attn import ms_deform_attn
 from accel.ops.linear.linear_attention import linear_attention
+from accel.ops.linear.linear_attention_step import linear_attention_step
 from accel.ops.windows.window_attention import window_attention
 from accel.packing import pad, unpad
 from accel.sdpa import scaled_dot_product_attention
@@ -28,6 +29,7 @@ __all__ = [
     "deform_conv2d",
     "explain",
     "linear_attention",
+    "linear_attention_step",
     "ms_deform_attn",
     "nn",
     "pad",

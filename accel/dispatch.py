@@ -51,6 +51,8 @@ class Op:
     backends: tuple[Backend, ...]
     example: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
     """``example(device, dtype)`` makes the arguments of a small public call: what doctor and the tests ask about."""
+    differentiable: bool = True
+    """Whether its output has a gradient; an op without one refuses calls that ask for it."""
 
     def backend(self, name: str) -> Backend:
         for backend in self.backends:

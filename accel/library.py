@@ -87,7 +87,7 @@ def differentiable(
         lay_out: brings the gradient of an output into the layout that backends expect, ``lay_out(grad, args)``.
     """
     layout = _read_layout(args, outputs, differentiable_outputs, keep_outputs, sizes_only, gradients > always)
-    forward_op = _register(
+    forward_op = register(
         f"{name}_forward",
         f"({layout.forward_arguments()}) -> {_tensors(len(outputs))}",
         lambda *given: dispatch.OPS[name].backend(given[-1]).forward(*given[:-1]),
@@ -108,7 +108,7 @@ def differentiable(
         made = backward_fake(*read(given))
         return made[0] if gradients == 1 else made
 
-    backward_op = _register(
+    backward_op = register(
         f"{name}_backward",
         f"({layout.backward_arguments()}) -> {_tensors(gradients)}",
         backward,
@@ -206,7 +206,7 @@ def _read_layout(
     return _Layout(fields, kinds, kept, sized, outputs, differentiable_outputs, kept_outputs, asks)
 
 
-def _register(
+def register(
     name: str,
     signature: str,
     implementation: Callable[..., Any],

@@ -117,7 +117,7 @@ CALLS = {
 
 
 def test_every_op_is_here() -> None:
-    assert {name.split(" ")[0] for name in CALLS} == set(dispatch.OPS)
+    assert {name.split(" ")[0] for name in CALLS} == {n for n, op in dispatch.OPS.items() if op.differentiable}
 
 
 def given(call: Call, turn: int, train: bool = False) -> tuple[Tensor, ...]:

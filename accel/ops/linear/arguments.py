@@ -19,14 +19,17 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(f"{name} must be (B, H, tokens, head size), got {tuple(x.shape)=}")
     if not (q.dtype == k.dtype == v.dtype):
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    shapes = f"{tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
+
+    def shapes() -> str:  # which torch.compile cannot make of sizes that vary, and is asked for in an error alone
+        return f"{tuple(q.shape)=}, {tuple(k.shape)=}, {tuple(v.shape)=}"
+
     if not q.shape[0] == k.shape[0] == v.shape[0] or k.shape[2] != v.shape[2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q (B, Hq, T, D), k (B, Hk, S, D) and v (B, Hv, S, E) do not fit: {shapes}")
+        raise ValueError(f"q (B, Hq, T, D), k (B, Hk, S, D) and v (B, Hv, S, E) do not fit: {shapes()}")
     each = (q.shape[1], k.shape[1], v.shape[1])
     heads, state_heads = max(each), max(each[1:])
     if any([n == 0 or heads % n for n in each]) or any([state_heads % n for n in each[1:]]) or heads % state_heads:
         raise ValueError(
-            f"the heads of q, k and v must divide the most of them, those of k and v the more of both: {shapes}"
+            f"the heads of q, k and v must divide the most of them, those of k and v the more of both: {shapes()}"
         )
 
 
