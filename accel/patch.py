@@ -10,7 +10,7 @@ from torch import nn
 
 from accel import patch_seen
 from accel.patch_report import PatchReport, Row
-from accel.patches import TABLE, Entry, class_path, transformers_switch, transformers_unpad
+from accel.patches import TABLE, Entry, class_path, target_of, transformers_switch, transformers_unpad
 from accel.patches.entry import covers, plain_class
 from accel.patches.replacement import Replacement
 from accel.patches.stand import Stand, stands_in, take_out
@@ -198,8 +198,10 @@ def _note_present(row: Row, module: nn.Module, kind: type[Stand], attribute: str
 
 
 def _plan_entry(plan: _Plan, table: dict[str, Entry], name: str, module: nn.Module, left_out: bool) -> None:
-    cls = plain_class(type(module))
-    entry = table.get(class_path(cls))
+    cls, target = plain_class(type(module)), target_of(module)
+    entry = table.get(target)
+    if entry is None and target in TABLE and target != class_path(cls):
+        return  # a kind whose op is not asked for
     base = entry or next((table[class_path(c)] for c in cls.__mro__ if class_path(c) in table), None)
     if base is None or not base.applies(module):
         return

@@ -38,7 +38,8 @@ class Entry:
     """
 
     target: str
-    """Full path of the class; it is compared with the classes of a model, so the library is never imported."""
+    """Full path of the class; it is compared with the classes of a model, so the library is never imported. Where
+    modules of one class compute by different ops, a kind is named behind it."""
     attribute: str
     """The method that is replaced: the smallest in which roll and partition are visible."""
     why_not: Callable[[Any], str | None]

@@ -1,7 +1,7 @@
 """timm: ``_attn`` of the Swin blocks, which rolls, then pads, then partitions; and ``forward`` of attention.
 
-Attention of ViT, EVA and BEiT stands here; that with relative positions in :mod:`timm_relative` and :mod:`timm_mvit`,
-and what needs its tokens arranged in :mod:`timm_tokens`.
+Attention of ViT, EVA, BEiT and EfficientViT stands here; that with relative positions in :mod:`timm_relative` and
+:mod:`timm_mvit`, and what needs its tokens arranged in :mod:`timm_tokens`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from torch import Tensor
 
 from accel.ops.attention.rules import Grid2D
 from accel.patches import timm_mvit, timm_relative, timm_tokens
-from accel.patches.entry import DROPOUT, LINEAR, SOFTMAX, Entry, why_not_bypass, why_not_dropout, why_not_version
+from accel.patches.entry import (
+    DROPOUT,
+    LINEAR,
+    SOFTMAX,
+    Entry,
+    class_path,
+    why_not_bypass,
+    why_not_dropout,
+    why_not_version,
+)
 from accel.patches.timm_heads import (
     Attend,
     dropout_of,
@@ -147,6 +156,29 @@ def _beit(attn: Any, attend: Attend, x: Tensor, shared_rel_pos_bias: Tensor | No
     return projected(attn, joined(attn, attend, *heads_of(attn, x), bias=shared_rel_pos_bias, **how))
 
 
+# --- EfficientViT: relu as the feature map, float32 inside, whatever autocast asks for ---
+
+
+def _why_not_lite(module: Any) -> str | None:
+    return why_not_version(module, "qkv", "aggreg", "kernel_func", "proj", "dim", "eps") or (
+        "its _attn has been replaced" if "_attn" in vars(module) else None
+    )
+
+
+def _lite(module: Any, attend: Attend, x: Tensor) -> Tensor:
+    qkv = module.qkv(x)
+    scales = torch.cat([qkv, *[aggregate(qkv) for aggregate in module.aggreg]], 1)
+    tokens = scales.reshape(x.shape[0], -1, 3 * module.dim, x.shape[2] * x.shape[3]).transpose(-1, -2)
+    q, k, v = tokens.contiguous().chunk(3, -1)
+    plain = why_not_bypass(module, kernel_func=class_path(torch.nn.ReLU)) is None
+    if not plain:
+        q, k = module.kernel_func(q), module.kernel_func(k)
+    with torch.autocast(x.device.type, enabled=False):
+        feature_map = "relu" if plain else "identity"
+        out = attend(q.float(), k.float(), v.float(), feature_map=feature_map, eps=module.eps).to(v.dtype)
+    return module.proj(out.transpose(-1, -2).reshape(x.shape[0], -1, *x.shape[2:]))  # type: ignore[no-any-return]
+
+
 ENTRIES = (
     Entry(
         f"{V1}.SwinTransformerBlock", "_attn", _why_not(f"{V1}.WindowAttention", softmax=SOFTMAX), _block, _why_not_call
@@ -169,6 +201,7 @@ ENTRIES = (
     entry("layers.attention.AttentionRope", _attention, _why_not_attention, _why_not_attention_call),
     entry("models.eva.EvaAttention", _attention, _why_not_attention, _why_not_attention_call),
     entry("models.beit.Attention", _beit),
+    Entry("timm.models.efficientvit_mit.LiteMLA", "forward", _why_not_lite, _lite, op="linear_attention"),
     *timm_relative.ENTRIES,
     *timm_tokens.ENTRIES,
     *timm_mvit.ENTRIES,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from accel.backends import inner_dtype
+from accel.ops.linear.linear_attention_step import linear_attention_step
 from accel.patches.entry import Entry, why_not_version
 
 _PARTS = ("act_fn", "norm", "qkv_proj", "out_proj", "output_gate", "slope_rate", "num_attention_heads", "head_dim")
@@ -26,6 +27,10 @@ def _why_not_lightning_call(module: Any, hidden_states: Tensor, cache: Any = Non
     return None if hidden_states.dim() == 3 and hidden_states.numel() else "there are no tokens to attend to"
 
 
+def _differentiated(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+
+
 def _lightning(
     module: Any,
     attend: Callable[..., Any],
@@ -41,10 +46,13 @@ def _lightning(
     heads = qkv.unflatten(-1, (module.num_attention_heads, 3 * module.head_dim)).transpose(1, 2)
     q, k, v = heads.split(module.head_dim, -1)
     before = None if cache is None else cache.get_linear_cache(module.layer_idx)
-    how = {"feature_map": "identity", "normalize": False, "log_decay": -module.slope_rate.flatten()}
-    if before is not None:
-        how["initial_state"] = (before.to(inner_dtype(q)), None)
-    out, (state, _) = attend(q, k, v, causal=True, return_state=True, **how)
+    how: dict[str, Any] = {"feature_map": "identity", "normalize": False, "log_decay": -module.slope_rate.flatten()}
+    if before is not None and q.shape[2] == 1 and not _differentiated(q, before):
+        state = before.to(inner_dtype(q), copy=True)  # the class leaves the old one as it was
+        out = linear_attention_step(q, k, v, (state, None), **how)
+    else:
+        start = None if before is None else (before.to(inner_dtype(q)), None)
+        out, (state, _) = attend(q, k, v, causal=True, return_state=True, initial_state=start, **how)
     state = state.to(torch.promote_types(v.dtype, module.slope_rate.dtype))  # as the class keeps it
     out = module.norm(out.transpose(1, 2).flatten(2))
     out = module.out_proj(torch.sigmoid(module.output_gate(hidden_states)) * out)

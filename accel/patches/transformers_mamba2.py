@@ -86,13 +86,73 @@ def _scan(
     return (out, made[1][0].transpose(-1, -2).contiguous()) if return_final_states else out
 
 
+# --- one token ---
+
+
+def _why_not_update(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dt_bias: Tensor | None = None,
+    **given: Any,
+) -> str | None:
+    if state.dtype != torch.float32:
+        return f"its state is {state.dtype}, and that of the op is torch.float32"
+    tensors = [state, hidden_states, dt, A, B, dt_bias, *given.values()]
+    if torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in tensors]):
+        return "a gradient is asked for, and the op has none"
+    if hidden_states.dim() != 3 or state.numel() == 0 or B.shape[1] == 0 or state.shape[1] % B.shape[1]:
+        return f"there is nothing to divide: {tuple(state.shape)}, {tuple(hidden_states.shape)}, {tuple(B.shape)}"
+    alike = A.dim() == 3 and dt.dim() == 3 and _same_along(A, 1) and _same_along(A, 2) and _same_along(dt, 2)
+    if not alike or (dt_bias is not None and (dt_bias.dim() != 2 or not _same_along(dt_bias, 1))):
+        return "its A, dt and dt_bias are not expanded from a number a head"
+    return _why_not_packed(given)
+
+
+def _same_along(x: Tensor, axis: int) -> bool:
+    return x.stride(axis) == 0 or x.shape[axis] == 1
+
+
+def _update(
+    attend: Callable[..., Any],
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **given: Any,  # which the function takes and does not read
+) -> Tensor:
+    dt = _step_size(dt[..., :1], None if dt_bias is None else dt_bias[:, :1], dt_softplus).float()
+    x = hidden_states.float()
+    q, k, v = [token.unsqueeze(2) for token in (C.float(), B.float(), x * dt)]
+    how: dict[str, Any] = {"feature_map": "identity", "normalize": False, "log_decay": A[:, :1, 0].float() * dt}
+    out = attend(q, k, v, (state.transpose(-1, -2), None), **how).squeeze(2)
+    if D is not None:
+        out = out + x * D
+    out = out.to(C.dtype)
+    if z is not None:
+        out = out * F.silu(z)
+    return out.to(hidden_states.dtype)  # type: ignore[no-any-return]
+
+
 def _functions(family: str) -> tuple[Function, ...]:
     home = f"transformers.models.{family}.modeling_{family}"
     return (
         Function(
             f"{home}.mamba2_chunk_scan", "linear_attention", _scan, _why_not_scan, _why_not, computes_in=torch.float32
         ),
-    )
+        Function(
+            f"{home}.mamba2_selective_state_update", "linear_attention_step", _update, _why_not_update, _why_not,
+            computes_in=torch.float32,
+        ),
+    )  # fmt: skip
 
 
 FUNCTIONS = tuple([function for family in FAMILIES for function in _functions(family)])

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from _linear_models import every_backend, gradients, noise
+from _linear_models import backends, every_backend, gradients, noise
 from _transformers_models import (
     DECODER,
     IDS,
@@ -192,6 +192,63 @@ def test_a_wrong_decay_is_seen(monkeypatch):
     assert all((a - b).abs().max() > 1e-3 for a, b in zip(found, expected, strict=True))
 
 
+# --- one token alone ---
+
+UPDATE = "mamba2_selective_state_update"
+
+
+def token(dtype=torch.float32):
+    """state, hidden_states, dt, A, B, C, D, z and dt_bias, expanded as the mixers do it."""
+    x, dt, A, B, C, D, dt_bias, state = tokens(dtype, T=1)
+    dt, A = dt.transpose(1, 2).expand(-1, -1, 6), A.float()[:, None, None].expand(-1, 6, 5)
+    return {
+        "state": state.float(), "hidden_states": x[:, 0], "dt": dt, "A": A, "B": B[:, 0], "C": C[:, 0],
+        "D": D[:, None].expand(-1, 6), "z": noise(2, 4, 6, seed=9).to(dtype),
+        "dt_bias": dt_bias[:, None].expand(-1, 6), "dt_softplus": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", backends("linear_attention_step"))
+def test_a_token_computes_the_same(backend, dtype, family):
+    for left_out in ((), ("D", "z"), ("dt_bias",)):
+        given, mine = [{n: x for n, x in token(dtype).items() if n not in left_out} for _ in range(2)]
+        function = getattr(home(family), UPDATE)
+        expected = function(**given)
+        with accel.patch_functions() as report, accel.use(backend=backend):
+            found = getattr(home(family), UPDATE)(**mine)
+            asked = row(report, family, UPDATE)
+            assert (asked.calls, asked.fallbacks, asked.backend) == (1, {}, backend)
+        assert found.dtype == expected.dtype
+        assert_close(found, expected.double(), "linear", dtype)
+        assert_close(mine["state"], given["state"].double(), "linear", dtype)
+
+
+def test_tokens_of_another_kind_go_to_the_original():
+    half = {**token(), "state": token()["state"].bfloat16()}
+    uneven = {**token(), "A": -noise(4, 6, 5, seed=2, dtype=torch.float32).exp()}
+    asked = {**token(), "hidden_states": token()["hidden_states"].requires_grad_()}
+    packed = {**token(), "seq_idx": torch.zeros(2, dtype=torch.int32)}
+    expected = [
+        getattr(home("mamba2"), UPDATE)(**{**given, "state": given["state"].clone()}) for given in (half, uneven)
+    ]
+    with accel.patch_functions() as report, accel.use(backend="reference"):
+        function = getattr(home("mamba2"), UPDATE)
+        assert all(torch.equal(function(**x), y) for x, y in zip((half, uneven), expected, strict=True))
+        assert function(**asked).requires_grad
+        with pytest.raises(ValueError, match="can't keep packed sequences apart"):
+            function(**packed)
+        found = row(report, "mamba2", UPDATE)
+        assert found.calls == 0
+        assert list(found.fallbacks) == [
+            "its state is torch.bfloat16, and that of the op is torch.float32",
+            "its A, dt and dt_bias are not expanded from a number a head",
+            "a gradient is asked for, and the op has none",
+            "seq_idx is given, and without mamba_ssm the function refuses packed sequences",
+        ]
+
+
 # --- whole models ---
 
 
@@ -218,6 +275,8 @@ def test_they_write_the_same_text(family, backend):
     with accel.patch_functions() as report, accel.use(backend=backend):
         found = model.generate(IDS, attention_mask=LEFT, **WRITE)
         assert (row(report, family).calls, row(report, family).fallbacks) == (count, {})
+        steps = row(report, family, UPDATE)
+        assert (steps.calls, steps.fallbacks) == (count * (len(found.logits) - 1), {})
     assert torch.equal(found.sequences, expected.sequences)
     assert_same(found.logits, expected.logits)
 

@@ -15,7 +15,7 @@ from accel.ops.linear import feature_maps
 from accel.ops.linear.arguments import State, check_heads
 
 _CODES = {name: code for code, name in enumerate(feature_maps.ELEMENTWISE)}
-"""As csrc/cpu/linear/linear_attention_step/params.h numbers them."""
+"""As csrc/cpu/linear/linear_attention/params.h numbers them."""
 
 
 class Args(NamedTuple):

@@ -20,7 +20,7 @@ Rows rows_of(const Tensor& x, const char* name, int64_t batch, int64_t size, Sca
   return {x.const_data_ptr(), x.size(1), x.stride(0), x.stride(1), x.stride(3)};
 }
 
-Tensor step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor k_sum, OptionalTensor decay, int64_t feature,
+Tensor step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor k_sum, OptionalTensor decay, int64_t map,
             double scale, double eps) {
   STD_TORCH_CHECK(kv.is_cpu() && kv.scalar_type() == ScalarType::Float && kv.dim() == 4,
                   "kv must be a float32 CPU tensor (B, Hs, D, E)");
@@ -63,9 +63,9 @@ Tensor step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor k_sum, Optio
     p.decay_batch = each ? decay->stride(0) : 0, p.decay_head = decay->stride(each ? 1 : 0);
     p.decay = data_or_null(decay);
   }
-  STD_TORCH_CHECK(feature >= 0 && feature <= int64_t(Feature::exp), "there is no feature map ", feature);
+  STD_TORCH_CHECK(map >= 0 && map <= int64_t(Map::exp), "there is no feature map ", map);
   STD_TORCH_CHECK(std::isfinite(scale) && std::isfinite(eps) && eps >= 0.0, "scale or eps is out of range");
-  p.feature = Feature(feature), p.scale = float(scale), p.eps = float(eps);
+  p.map = Map(map), p.scale = float(scale), p.eps = float(eps);
   Tensor out = torch::stable::new_empty(q, {batch, p.heads, 1, p.values});
   p.kv = mutable_floats(kv), p.out = out.mutable_data_ptr();
   const auto run = ACCEL_LEVEL(linear_step::update);
@@ -84,7 +84,7 @@ Tensor step(Tensor q, Tensor k, Tensor v, Tensor kv, OptionalTensor k_sum, Optio
 STABLE_TORCH_LIBRARY_FRAGMENT(accel_native, m) {
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) kv, Tensor(b!)? k_sum, Tensor? decay, "
-      "int feature, float scale, float eps) -> Tensor");
+      "int map, float scale, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(accel_native, CPU, m) {

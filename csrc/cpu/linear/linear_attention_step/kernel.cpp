@@ -7,36 +7,17 @@
 
 #include "cpu/_scratch.h"
 #include "cpu/_simd.h"
+#include "cpu/linear/linear_attention/maps.h"
 
 namespace accel::ACCEL_ISA::linear_step {
 namespace {
 
 constexpr int ROW = W == 16 ? 8 : 4;  // vectors of values and as many of sums: half of the registers
 
-vf exp_of(vf x) {
-  const vf at_most_0 = exp2_nonpositive(where(from_to(x, -INFINITY, vf{}), x, -x) * LOG2_E);
-  return where(from_to(x, -INFINITY, vf{}), at_most_0, 1.0f / at_most_0);  // a NaN stays one in either
-}
-
-template <typename F>
-void each(float* x, int64_t padded, F f) {
-  for (int64_t i = 0; i < padded; i += W) store(x + i, f(load(x + i)));
-}
-
-void apply(Feature feature, float* x, int64_t padded) {
-  const vf zero{};
-  switch (feature) {
-    case Feature::identity: return;
-    case Feature::elu1:
-      return each(x, padded, [&](vf a) { return where(from_to(a, 0.0f, splat(INFINITY)), a + 1.0f, exp_of(a)); });
-    case Feature::relu: return each(x, padded, [&](vf a) { return max(a, zero); });
-    case Feature::squared_relu:
-      return each(x, padded, [&](vf a) {
-        const vf positive = max(a, zero);
-        return positive * positive;
-      });
-    case Feature::exp: return each(x, padded, exp_of);
-  }
+void apply(Map map, float* x, int64_t padded) {
+  linear::with_map(map, [&](auto feature) {
+    for (int64_t i = 0; i < padded; i += W) store(x + i, feature.value(load(x + i)));
+  });
 }
 
 template <typename T>
@@ -155,7 +136,7 @@ void run(const Params& p, int64_t from, int64_t to) {
     const int64_t b = task / p.state_heads, s = task % p.state_heads;
     read<T>(p.k, b, s * p.k.heads / p.state_heads, k, p.features, features);
     read<T>(p.v, b, s * p.v.heads / p.state_heads, v, p.values, values);
-    apply(p.feature, k, features);
+    apply(p.map, k, features);
     const float shrink = p.decay ? std::exp(p.decay[b * p.decay_batch + s * p.decay_head]) : 1.0f;
     float* state = p.kv + b * p.kv_batch + s * p.kv_head;
     float* sum = p.k_sum ? p.k_sum + b * p.sum_batch + s * p.sum_head : nullptr;
@@ -165,7 +146,7 @@ void run(const Params& p, int64_t from, int64_t to) {
     for (int64_t i = 0; i < group; ++i) {
       const int64_t h = s * group + i;
       read<T>(p.q, b, h * p.q.heads / p.heads, q, p.features, features);
-      apply(p.feature, q, features);
+      apply(p.map, q, features);
       if (i > 0) {
         ask(p, state, q, out);
       } else if (p.by_columns) {

@@ -5,10 +5,11 @@
 
 #include "cpu/_dtype.h"
 #include "cpu/_isa.h"
+#include "cpu/linear/linear_attention/params.h"
 
 namespace accel::linear_attention_step {
 
-enum class Feature : int { identity, elu1, relu, squared_relu, exp };  // in the order of feature_maps.ELEMENTWISE
+using linear_attention::Map;
 
 // Rows of one token: of entry b and head h at data + b·batch + h·head, elements `element` apart.
 struct Rows {
@@ -20,7 +21,7 @@ struct Params {
   Rows q, k, v;
   int64_t heads, state_heads, features, values;  // H, Hs, D, E
   Dtype dtype;
-  Feature feature;
+  Map map;
   float scale, eps;
   float* kv;  // (B, Hs, D, E): of a head D·E floats without gaps, by rows of values or, `by_columns`, of features
   int64_t kv_batch, kv_head;
