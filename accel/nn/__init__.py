@@ -2,6 +2,7 @@
 
 from accel.nn.attention import MultiHeadAttention
 from accel.nn.deform import DeformConv2d, ModulatedDeformConv2d
+from accel.nn.linear import LinearAttention
 from accel.nn.windows import (
     ShiftedWindowAttention,
     ShiftedWindowAttention3d,
@@ -13,6 +14,7 @@ from accel.nn.windows import (
 
 __all__ = [
     "DeformConv2d",
+    "LinearAttention",
     "ModulatedDeformConv2d",
     "MultiHeadAttention",
     "ShiftedWindowAttention",

@@ -36,9 +36,9 @@ def attend_heads(
 
     ``rules`` are further arguments of the op. The result is shaped as ``query``.
     """
-    _check_inputs(query, key, value)
+    check_inputs(query, key, value)
     batch_axis = 0 if module.batch_first or query.dim() == 2 else 1
-    q, k, v = _heads_of(module, query, key, value, batch_axis)
+    q, k, v = heads_of(module, query, key, value, batch_axis)
     extra = int(module.bias_k is not None) + int(module.add_zero_attn)
     if is_causal and "causal" not in rules:
         taken = not extra and ("window" not in rules or q.shape[2] == k.shape[2])
@@ -60,7 +60,7 @@ def attend_heads(
     return out.reshape(query.shape)
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     dims = query.dim()
     if dims not in (2, 3) or key.dim() != dims or value.dim() != dims or key.shape[:-1] != value.shape[:-1]:
         raise ValueError(
@@ -93,7 +93,32 @@ def _project(module: Any, query: Tensor, key: Tensor, value: Tensor) -> Sequence
     return [linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
 
 
-def _heads_of(module: Any, query: Tensor, key: Tensor, value: Tensor, batch_axis: int) -> list[Tensor]:
+def define_projections(module: Any, bias: bool, where: dict[str, Any]) -> None:
+    """The parameters of the projections in and out, under torch's names, undrawn but for those of ``out_proj``."""
+
+    def parameter(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.empty(shape, **where))
+
+    width, kv_width = module.embed_dim, module.head_dim * module.num_kv_heads
+    one_size = module.kdim == width and module.vdim == width
+    module.in_proj_weight = parameter(width + 2 * kv_width, width) if one_size else None
+    module.q_proj_weight = None if one_size else parameter(width, width)
+    module.k_proj_weight = None if one_size else parameter(kv_width, module.kdim)
+    module.v_proj_weight = None if one_size else parameter(kv_width, module.vdim)
+    module.in_proj_bias = parameter(width + 2 * kv_width) if bias else None
+    module.out_proj = nn.Linear(width, width, bias=bias, **where)
+
+
+def draw_projections(module: Any) -> None:
+    for weight in (module.in_proj_weight, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight):
+        if weight is not None:
+            nn.init.xavier_uniform_(weight)
+    if module.in_proj_bias is not None:
+        nn.init.zeros_(module.in_proj_bias)
+        nn.init.zeros_(module.out_proj.bias)
+
+
+def heads_of(module: Any, query: Tensor, key: Tensor, value: Tensor, batch_axis: int) -> list[Tensor]:
     """q, k and v as the op takes them, ``(B, H, tokens, D)``: views of the projections."""
     size = module.embed_dim // module.num_heads
     order = (0, 2, 1, 3) if batch_axis == 0 else (1, 2, 0, 3)
@@ -226,6 +251,13 @@ class MultiHeadAttention(nn.Module):
             position together with keys that have none (``add_bias_kv``, ``add_zero_attn``).
     """
 
+    in_proj_weight: nn.Parameter | None
+    q_proj_weight: nn.Parameter | None
+    k_proj_weight: nn.Parameter | None
+    v_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+    out_proj: nn.Linear
+
     _qkv_same_embed_dim = False
     """Asked by torch's encoder layer before its fast path, which would pass by ``causal`` and ``relative``."""
 
@@ -251,7 +283,9 @@ class MultiHeadAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_sizes(embed_dim, num_heads, num_kv_heads, dropout)
+        check_sizes(embed_dim, num_heads, num_kv_heads)
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout=}")
         if (add_bias_kv or add_zero_attn) and (causal or window is not None or relative is not None):
             raise ValueError(
                 "the keys of add_bias_kv and add_zero_attn have no position, so no rule goes by it: "
@@ -276,14 +310,8 @@ class MultiHeadAttention(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, **where))
 
-        width, kv_width = self.embed_dim, self.head_dim * self.num_kv_heads
-        one_size = self.kdim == width and self.vdim == width
-        self.in_proj_weight = parameter(width + 2 * kv_width, width) if one_size else None
-        self.q_proj_weight = None if one_size else parameter(width, width)
-        self.k_proj_weight = None if one_size else parameter(kv_width, self.kdim)
-        self.v_proj_weight = None if one_size else parameter(kv_width, self.vdim)
-        self.in_proj_bias = parameter(width + 2 * kv_width) if bias else None
-        self.out_proj = nn.Linear(width, width, bias=bias, **where)
+        define_projections(self, bias, where)
+        kv_width = self.head_dim * self.num_kv_heads
         self.bias_k = parameter(1, 1, kv_width) if add_bias_kv else None
         self.bias_v = parameter(1, 1, kv_width) if add_bias_kv else None
         rows = _table_rows(self.relative, relative_rows)
@@ -291,12 +319,7 @@ class MultiHeadAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the parameters of the projections to q, k and v, the extra keys and the table, as torch does."""
-        for weight in (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight):
-            if weight is not None:
-                nn.init.xavier_uniform_(weight)
-        if self.in_proj_bias is not None:
-            nn.init.zeros_(self.in_proj_bias)
-            nn.init.zeros_(self.out_proj.bias)
+        draw_projections(self)
         if self.bias_k is not None and self.bias_v is not None:
             nn.init.xavier_normal_(self.bias_k)
             nn.init.xavier_normal_(self.bias_v)
@@ -367,13 +390,11 @@ class MultiHeadAttention(nn.Module):
         return text + "".join(f", {n}={getattr(self, n)!r}" for n, v in plain.items() if getattr(self, n) != v)
 
 
-def _check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int, dropout: float) -> None:
+def check_sizes(embed_dim: int, num_heads: int, num_kv_heads: int) -> None:
     if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
         raise ValueError(f"num_heads must divide embed_dim, got {embed_dim=}, {num_heads=}")
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads, got {num_heads=}, {num_kv_heads=}")
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout=}")
 
 
 def _table_rows(relative: Relative | None, rows: int | None) -> int:
