@@ -15,8 +15,8 @@ from _bad import zeros
 
 import accel
 from accel import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets, testing
-from accel.ops.attention.rules import grid_index
 from accel.ops.attention.softmax_attention import OP
+from accel.ops.rules import grid_index
 from accel.testing import assert_close
 
 # --- the definition, pair by pair ---
