@@ -25,6 +25,9 @@ def call_of(op, dtype=torch.float32):
     if op.name == "softmax_attention":
         first = first[:, :, :7, :8]
         rest, kwargs = [noise(first, seed) for seed in (1, 2)], {"causal": True, "sinks": torch.ones(1)}
+    if op.name == "gau_attention":
+        first = first[:, :, :7, :8]
+        rest, kwargs = [noise(first, seed) for seed in (1, 2, 3)], {"causal": True, "activation": "silu"}
 
     def call(x, backend=None):
         return op.function(x, *rest, **kwargs, backend=backend)

@@ -5,7 +5,8 @@ Without a GPU the capture is only told to the op; on one it is real in ``test_so
 
 import pytest
 import torch
-from _attention_calls import drawn, random_index, toeplitz_index
+from _attention_calls import drawn
+from _pairs import random_index, toeplitz_index
 
 from accel import memo
 from accel.ops import pairs
