@@ -16,7 +16,7 @@ from accel import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets, test
 from accel.ops.linear.gau_strips import ACTIVATIONS
 from accel.testing import Case
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("cpu", "torch", "reference")
 FP32 = (torch.float32,)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _bad import Bad, check_bad, each, zeros
-from _gau_cases import BACKENDS, BEHAVIOUR, CASES, FP32, GRADIENTS, PACKED_BEHAVIOUR, by_name, case
+from _gau_cases import BACKENDS, BEHAVIOUR, CASES, FP32, GRADIENTS, PACKED_BEHAVIOUR, T5, by_name, case
 from _pairs import cumulative
 
 import accel
@@ -179,22 +179,26 @@ def test_rtmcc_block_of_mmpose(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_normalize_of_bert4keras(backend):
+@pytest.mark.parametrize("activation", ["relu2", "softmax_plus"])
+def test_attention_normalize_of_bert4keras(activation, backend):
     """softmax_plus and relu²/l, l the keys of the row that mask and order leave."""
     q, k, v, gate = (x[:, 0] for x in drawn(23, 23, D=16, E=24, dtype=torch.float32))
-    available(backend, {"q": q, "k": k, "v": v, "gate": gate}, {})
+    available(backend, {"q": q, "k": k, "v": v, "gate": gate}, {"activation": activation})
     real = torch.arange(23) < torch.tensor([[23], [9]])
     live = real[:, None] & (torch.arange(23)[:, None] >= torch.arange(23))
     count = live.sum(-1, keepdim=True).clamp_min(1)
     a = torch.where(live, q @ k.mT / 4, -1e12)
     rules = {"mask": real[:, None], "causal": True, "backend": backend}
-    plus = torch.softmax(a * torch.log(count.float()) / math.log(512), -1)
-    # with one key all logits are times 0, and masked ones must stay masked
-    plus = torch.where(live, plus, 0.0) / torch.where(live, plus, 0.0).sum(-1, keepdim=True)
-    got = accel.gau_attention(q, k, v, gate, activation="softmax_plus", **rules)
-    assert_close(got, (gate * (plus @ v)).double(), "gau", torch.float32)
-    got = accel.gau_attention(q, k, v, gate / count, **rules)
-    assert_close(got, (gate * (F.relu(a) ** 2 / count @ v)).double(), "gau", torch.float32)
+    if activation == "relu2":
+        weights = F.relu(a) ** 2 / count
+        scaled = gate / count
+    else:
+        weights = torch.softmax(a * torch.log(count.float()) / math.log(512), -1)
+        # with one key all logits are times 0, and masked ones must stay masked
+        weights = torch.where(live, weights, 0.0) / torch.where(live, weights, 0.0).sum(-1, keepdim=True)
+        scaled = gate
+    got = accel.gau_attention(q, k, v, scaled, activation=activation, **rules)
+    assert_close(got, (gate * (weights @ v)).double(), "gau", torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -281,16 +285,16 @@ def test_what_is_not_finite_reaches_only_who_may_see_it(name, tensor, value, dty
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    ("B", "H", "T", "S", "E"), [(0, 2, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8), (2, 2, 0, 0, 8)]
-)
-def test_nothing_in_nothing_out(B, H, T, S, E, backend):
-    for activation in ACTIVATIONS:
-        q, k, v, gate = (x.requires_grad_() for x in drawn(T, S, B=B, H=H, dtype=torch.float32))
-        out = accel.gau_attention(q, k, v, gate, causal=True, activation=activation, backend=backend)
-        assert torch.equal(out, torch.zeros(B, H, T, 8))
-        for x, grad in zip((q, k, v, gate), torch.autograd.grad(out.sum(), (q, k, v, gate)), strict=True):
-            assert torch.equal(grad, torch.zeros_like(x))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("B", "H", "T", "S"), [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 2, 0, 0)])
+def test_nothing_in_nothing_out(B, H, T, S, activation, backend):
+    q, k, v, gate = (x.requires_grad_() for x in drawn(T, S, B=B, H=H, dtype=torch.float32))
+    how = {"causal": True, "activation": activation}
+    available(backend, {"q": q, "k": k, "v": v, "gate": gate}, how)
+    out = accel.gau_attention(q, k, v, gate, **how, backend=backend)
+    assert torch.equal(out, torch.zeros(B, H, T, 8))
+    for x, grad in zip((q, k, v, gate), torch.autograd.grad(out.sum(), (q, k, v, gate)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:-1])
@@ -331,6 +335,32 @@ def test_packed_is_a_loop_over_sequences(backend):
         assert_close(out[:, :, start:end], expected, "gau", torch.float32)
 
 
+# More tasks than workers: several runs of keys in the backward, several chunks of queries in the forward.
+TASKS = [
+    case("long", 530, 1100, B=1, D=8, E=136, causal=True, rows=1629, bias_index="toeplitz", dtypes=FP32),
+    case("heads", 70, 600, H=4, Hkv=2, D=8, bias=(2, 1, 1, 600), activation="silu", dtypes=FP32),
+    case("packed", 530, B=1, D=8, lengths=(300, 0, 1, 229), causal=True, **T5, dtypes=FP32),
+]
+
+
+@pytest.mark.parametrize("given", TASKS, ids=str)
+def test_many_tasks(given):
+    testing.check_values(accel.gau_attention, given, "cpu", torch.float32)
+    testing.check_repeat(accel.gau_attention, given, "cpu")
+
+
+LEVELS = testing.check_levels(
+    accel.gau_attention,
+    map(by_name, ["silu", "laplace_causal_bias", "sigmoid_without_gate", "gqa", "value_size_520", "window_causal_300",
+                  "packed_causal_t5", "grid_extra", "everything", "exact_bias"]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in LEVELS])
+def test_every_instruction_set(check):
+    check()
+
+
 def test_flops_are_counted_the_same_for_every_backend():
     pairs = 2 * 2 * 6 * 19 * 31
     testing.check_flops(accel.gau_attention, by_name("gqa"), BACKENDS, pairs * (16 + 24))
@@ -362,6 +392,19 @@ BAD = [
     Bad("bias_shape", ValueError, r"\(2, 4, 6, 7\)", {"bias": zeros(6, 8)}),
     Bad("index_word", ValueError, "got 'circulant'", {"bias_table": zeros(12, 4), "bias_index": "circulant"}),
     Bad("packed_batch", ValueError, r"\(1, H, total, D\)", {"cu_seqlens_q": cumulative([6])}),
+    Bad("backend_refuses", NotImplementedError, "not softmax", {"activation": "softmax", "backend": "cpu"}),
+    Bad(
+        "backend_refuses_v",
+        NotImplementedError,
+        "multiple of 8 up to 8192, not 12",
+        {"v": zeros(2, 2, 7, 12), "gate": None, "backend": "cpu"},
+    ),
+    Bad(
+        "backend_refuses_q",
+        NotImplementedError,
+        "multiple of 4 up to 512, not 10",
+        {"q": zeros(2, 4, 6, 10), "k": zeros(2, 2, 7, 10), "backend": "cpu"},
+    ),
     Bad("no_such_backend", ValueError, "no backend 'cuda9'; it has", {"backend": "cuda9"}),
 ]
 

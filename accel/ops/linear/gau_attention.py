@@ -13,9 +13,10 @@ from torch import Tensor
 from accel import backends, dispatch, library, philox
 from accel.backends import KERNEL_DTYPES, check_beside, inner_dtype
 from accel.ops.linear import gau_strips
-from accel.ops.linear.gau_strips import ACTIVATIONS
+from accel.ops.linear.gau_strips import ACTIVATIONS, BY_ROW
 from accel.ops.pairs import (
     ALL,
+    INT32_MAX,
     check_numbers,
     check_qkv,
     empty_like_layout,
@@ -83,11 +84,35 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
 
 # --- backends, fastest first for each device ---
 
+MAX_HEAD_SIZE, MAX_VALUE_SIZE = 512, 8192
+
 
 def _gate_gradient(grad_out: Tensor, sums: Tensor, args: Args, wanted: bool) -> Tensor:
     if args.gate is None or not wanted:
         return grad_out.new_empty(0, dtype=torch.float32)
     return torch.mul(grad_out, sums, out=empty_like_layout(args.gate, args.gate.shape))
+
+
+def _why_not_cpu(args: Args) -> str | None:
+    if args.activation in BY_ROW:
+        return f"it computes weights that depend on their own pair alone, not {args.activation}"
+    s, e = args.q.shape[3], args.v.shape[3]
+    if s % 4 or not 4 <= s <= MAX_HEAD_SIZE:
+        return f"it takes q and k of a size that is a multiple of 4 up to {MAX_HEAD_SIZE}, not {s}"
+    if e % 8 or not 8 <= e <= MAX_VALUE_SIZE:
+        return f"it takes v of a size that is a multiple of 8 up to {MAX_VALUE_SIZE}, not {e}"
+    if max(args.q.shape[2], args.k.shape[2]) > INT32_MAX // 2:
+        return f"it takes up to {INT32_MAX // 2} tokens, not {max(args.q.shape[2], args.k.shape[2])}"
+    return backends.why_not_cpu(args)
+
+
+_cpu_forward, _native_backward = backends.native("gau_attention")
+
+
+def _cpu_backward(grad_out: Tensor, sums: Tensor, *rest: Any) -> Any:
+    *given, needs = rest
+    q, k, v, *small = _native_backward(grad_out, *given, *needs[1:])
+    return q, k, v, _gate_gradient(grad_out, sums, Args(*given), needs[0]), *small
 
 
 def _torch_forward(*given: Any) -> Any:
@@ -332,6 +357,10 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
+            # extra: what it does not take, torch's own products compute as fast as anything here does
+            dispatch.Backend(
+                "cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES, extra=True
+            ),
             dispatch.Backend(
                 "torch", backends.why_not_dtype, _torch_forward, _torch_backward, frozenset(), KERNEL_DTYPES
             ),
