@@ -23,8 +23,12 @@ def threshold(dropout_p: float) -> int:
 
 
 def random_bits(seed: torch.Tensor, count: int) -> torch.Tensor:
-    """The first 32-bit word of Philox at positions ``0 .. count-1``, as int64 in ``[0, 2**32)``, shape ``(count,)``."""
-    position = torch.arange(count, dtype=torch.int64, device=seed.device)
+    """The bits at positions ``0 .. count-1``, shape ``(count,)``."""
+    return bits_at(seed, torch.arange(count, dtype=torch.int64, device=seed.device))
+
+
+def bits_at(seed: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """The first 32-bit word of Philox at each int64 ``position``, as int64 in ``[0, 2**32)``."""
     c0, c1 = position & _MASK, (position >> 32) & _MASK
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK

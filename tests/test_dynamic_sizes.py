@@ -64,6 +64,26 @@ CALLS = {
         },
         "BTS",
     ),
+    "gau_attention": Call(
+        lambda q, k, v, gate, bias: accel.gau_attention(q, k, v, gate, bias=bias, causal=True),
+        ("B H T D", "B K S D", "B K S E", "B H T E", "B H T S"),
+        {
+            "B": (3, 2, 5),
+            "H": (4, 6, 10),
+            "K": (2, 3, 5),
+            "T": (5, 9, 3),
+            "S": (7, 11, 4),
+            "D": (16, 24, 8),
+            "E": (24, 8, 32),
+        },
+        "BTS",
+    ),
+    "linear_attention": Call(
+        lambda *given: accel.linear_attention(*given, causal=True),
+        ("B H T D", "B H T D", "B H T E"),
+        {"B": (2, 3, 4), "H": (3, 5, 2), "T": (60, 9, 37), "D": (16, 24, 8), "E": (24, 8, 32)},
+        "BT",
+    ),
     "window_attention": Call(
         windows,
         ("B Y X C", "35 2", "C"),

@@ -9,7 +9,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import accel
 from accel import dispatch
-from accel.ops.attention import arguments
+from accel.ops import pairs
 from accel.testing import assert_close
 
 OPS = pytest.mark.parametrize("op", [op for op in dispatch.OPS.values() if op.differentiable], ids=lambda op: op.name)
@@ -25,6 +25,9 @@ def call_of(op, dtype=torch.float32):
     if op.name == "softmax_attention":
         first = first[:, :, :7, :8]
         rest, kwargs = [noise(first, seed) for seed in (1, 2)], {"causal": True, "sinks": torch.ones(1)}
+    if op.name == "gau_attention":
+        first = first[:, :, :7, :8]
+        rest, kwargs = [noise(first, seed) for seed in (1, 2, 3)], {"causal": True, "activation": "silu"}
 
     def call(x, backend=None):
         return op.function(x, *rest, **kwargs, backend=backend)
@@ -112,7 +115,7 @@ def test_the_fallback_is_said_and_strict_mode_forbids_it(caplog, monkeypatch):
 
 def test_nothing_made_inside_a_transform_outlives_it(monkeypatch):
     """Rows of rules and facts of an index are remembered from call to call; a transform's tensors are not."""
-    monkeypatch.setattr(arguments, "_recent", type(arguments._recent)())
+    monkeypatch.setattr(pairs, "_recent", type(pairs._recent)())
     q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
     index = torch.randint(5, (9, 9))
     table = torch.randn(5, 2)
@@ -122,9 +125,9 @@ def test_nothing_made_inside_a_transform_outlives_it(monkeypatch):
 
     for how in ({}, {"bias_table": table, "bias_index": index}):
         inside = grad(functools.partial(call, **how))(q)
-        assert not arguments._recent
-        assert arguments._index_facts.known((index,)) is None
+        assert not pairs._recent
+        assert pairs._index_facts.known((index,)) is None
         leaf = q.clone().requires_grad_()
         call(leaf, **how).backward()
         assert torch.equal(leaf.grad, inside)
-        arguments._recent.clear()
+        pairs._recent.clear()

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from accel.ops.attention.rules import Grid2D, T5Buckets, grid_index
 from accel.ops.attention.softmax_attention import softmax_attention
+from accel.ops.rules import Grid2D, T5Buckets, grid_index
 
 __all__ = ["MultiHeadAttention"]
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.ops.attention.rules import Grid2D
+from accel.ops.rules import Grid2D
 from accel.patches import timm_mvit, timm_relative, timm_tokens
 from accel.patches.entry import (
     DROPOUT,

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.ops.attention.rules import Grid2D
+from accel.ops.rules import Grid2D
 from accel.patches import decomposed
 from accel.patches.entry import class_path, why_not_bypass
 from accel.patches.timm_heads import (

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from accel.nn import shifted_window_attention, shifted_window_attention_3d, shifted_window_attention_v2
-from accel.ops.attention.rules import Grid2D
+from accel.ops.rules import Grid2D
 from accel.patches.entry import (
     LINEAR,
     Entry,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.ops.attention.rules import Grid2D, T5Buckets
+from accel.ops.rules import Grid2D, T5Buckets
 from accel.patches import transformers_interface
 from accel.patches.entry import DROPOUT, LINEAR, Entry, why_not_bypass, why_not_dropout
 from accel.patches.transformers_rules import LazyBias

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from accel.ops.attention.rules import Grid2D, T5Buckets, grid_index
+from accel.ops.rules import Grid2D, T5Buckets, grid_index
 
 MASKING = "transformers.masking_utils"
 

@@ -1,18 +1,14 @@
 """A call of softmax attention with random tensors as a case, the layouts they come in, and changes of their values."""
 
-import itertools
 import math
 
 import torch
+from _pairs import cumulative
 
 from accel import testing
 from accel.testing import Case
 
 BACKENDS = ("cpu", "reference")
-
-
-def cumulative(lengths, dtype=torch.int32, device="cpu"):
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
 
 
 # --- layouts of q, k and v ---
@@ -107,35 +103,6 @@ def case(
 # --- changes of values ---
 
 
-def padding(*lengths, left=False):
-    """Key padding, one length per batch entry."""
-
-    def change(tensors):
-        mask = tensors["mask"]
-        at = torch.arange(mask.shape[-1], device=mask.device)
-        at = at.flip(0) if left else at
-        for entry, length in zip(mask, lengths, strict=True):
-            entry[:] = at < length
-
-    return change
-
-
-def rows_without_keys(tensors):
-    tensors["mask"][..., ::3, :] = False
-
-
-def batch_entry_without_keys(tensors):
-    tensors["mask"][1] = False
-
-
-def no_keys_at_all(tensors):
-    tensors["mask"].fill_(False)
-
-
-def some_minus_inf(tensors):
-    tensors["bias"][..., ::3] = -math.inf
-
-
 def whole_rows_minus_inf(tensors):
     tensors["bias"][..., 1::4, :] = -math.inf
 
@@ -224,15 +191,6 @@ def steep_slopes(tensors):
     """Only the key at distance 0 has weight."""
     integers(tensors)
     tensors["alibi_slopes"].fill_(1000.0)
-
-
-def random_index(T, S, rows, dtype=torch.int64, seed=0):
-    return torch.randint(rows, (T, S), generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def toeplitz_index(T, S, rows, dtype=torch.int64):
-    """A tensor that depends on i − j alone, and not one row per distance."""
-    return ((torch.arange(T)[:, None] - torch.arange(S) + S - 1) // 3 % rows).to(dtype)
 
 
 def drawn(T, S, B=2, H=2, Hkv=None, D=8, E=4):

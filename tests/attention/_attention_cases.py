@@ -3,7 +3,6 @@
 import torch
 from _attention_calls import (
     LEAST,
-    batch_entry_without_keys,
     case,
     filled,
     heads_inside_tokens,
@@ -12,20 +11,23 @@ from _attention_calls import (
     integers,
     keys_of_one_head,
     large_logits,
-    no_keys_at_all,
     one_key_each,
     one_projection,
     one_row_of_the_table,
+    some_sinks_minus_inf,
+    steep_slopes,
+    turned,
+    very_negative_logits,
+    whole_rows_minus_inf,
+)
+from _pairs import (
+    batch_entry_without_keys,
+    no_keys_at_all,
     padding,
     random_index,
     rows_without_keys,
     some_minus_inf,
-    some_sinks_minus_inf,
-    steep_slopes,
     toeplitz_index,
-    turned,
-    very_negative_logits,
-    whole_rows_minus_inf,
 )
 
 import accel

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from _attention_calls import BACKENDS, cumulative, drawn, random_index
+from _attention_calls import BACKENDS, drawn
 from _attention_cases import (
     BEHAVIOUR,
     CASES,
@@ -19,6 +19,7 @@ from _attention_cases import (
     available,
     by_name,
 )
+from _pairs import cumulative, random_index
 
 import accel
 from accel import BlockCausal, BlockDiffusion, T5Buckets, dispatch, testing

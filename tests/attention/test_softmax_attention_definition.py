@@ -9,14 +9,15 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from _attention_calls import BACKENDS, cumulative, drawn, random_index, toeplitz_index
+from _attention_calls import BACKENDS, drawn
 from _attention_cases import available, by_name
 from _bad import zeros
+from _pairs import cumulative, random_index, toeplitz_index
 
 import accel
 from accel import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets, testing
-from accel.ops.attention.rules import grid_index
 from accel.ops.attention.softmax_attention import OP
+from accel.ops.rules import grid_index
 from accel.testing import assert_close
 
 # --- the definition, pair by pair ---

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from _attention_calls import case, random_index
+from _attention_calls import case
 from _attention_cases import GRADIENTS, WHOLE, by_name
+from _pairs import random_index
 
 import accel
 from accel import Grid2D, testing

@@ -11,30 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from accel import backends, dispatch, library, philox
-from accel.backends import HALF_DTYPES, KERNEL_DTYPES, check_beside, inner_dtype
+from accel.backends import HALF_DTYPES, KERNEL_DTYPES, inner_dtype
 from accel.ops.attention import cudnn, flash_cpu
-from accel.ops.attention.arguments import (
+from accel.ops.pairs import (
     INT32_MAX,
-    Turn,
-    broadcast,
-    check_patterns,
+    add_biases,
+    check_numbers,
     check_per_head,
     check_qkv,
-    check_table,
-    distance_bias,
-    make_rows,
-    read_packed,
-    read_rule,
+    finite,
+    read_pairs,
+    rows_contiguous,
+    visible,
 )
-from accel.ops.attention.rules import BiasIndex, Pattern, grid_index
+from accel.ops.pairs import empty_like_layout as empty_like_layout  # the Triton leaf reads it here
+from accel.ops.rules import BiasIndex, Pattern
 
 
 class Args(NamedTuple):
-    """The checked arguments every backend receives. Relative positions and rules have become short tensors.
-
-    A bias that depends on query − key only (Toeplitz, T5, ALiBi, together) is ``line``; query i and key j take
-    ``line[h, shift_i − j]``, with ``shift_i`` from ``rows`` or, where that is None, ``i + S − 1``.
-    """
+    """The checked arguments every backend receives. Relative positions and rules have become short tensors, those of
+    :class:`accel.ops.pairs.Pairs`."""
 
     q: Tensor  # (B, Hq, T, D), the last axis contiguous, as in k and v
     k: Tensor  # (B, Hkv, S, D)
@@ -57,30 +53,6 @@ class Args(NamedTuple):
 # --- the definition ---
 
 
-def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` with what is not finite set to 0, and whether each row of it held such."""
-    good = torch.isfinite(x)
-    return torch.where(good, x, 0.0), ~good.all(-1)
-
-
-def _line_bias(line: Tensor, rows: Tensor | None, queries: int, keys: int) -> Tensor:
-    """``(B or 1, H, T, S)`` of a line."""
-    shift = torch.arange(queries, device=line.device)[None] + keys - 1 if rows is None else rows[..., 4].to(torch.int64)
-    at = shift[:, :, None] - torch.arange(keys, device=line.device)
-    return line[:, at.clamp(0, line.shape[1] - 1)].transpose(0, 1)
-
-
-def _visible(args: Args) -> Tensor | None:
-    """Whether query i may see key j, ``(B or 1, H or 1, T or 1, S or 1)``; None where all is seen."""
-    seen = args.mask
-    if args.rows is not None:
-        key = torch.arange(args.k.shape[2], device=args.q.device, dtype=torch.int32)
-        first0, end0, first1, end1 = [args.rows[:, None, :, i : i + 1] for i in range(4)]
-        ruled = ((key >= first0) & (key < end0)) | ((key >= first1) & (key < end1))
-        seen = ruled if seen is None else seen & ruled
-    return seen
-
-
 def reference(*given: Any) -> tuple[Tensor, Tensor]:
     """The op in plain torch, fp32 or fp64 inside: output ``(B, Hq, T, E)`` and log-sum-exp ``(B, Hq, T)``.
 
@@ -90,22 +62,15 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
     inner = inner_dtype(args.q)
     heads, queries, keys = args.q.shape[1], args.q.shape[2], args.k.shape[2]
     group = heads // args.k.shape[1] if args.k.shape[1] else 1
-    q, bad_q = _finite(args.q.to(inner))
-    k, bad_k = _finite(args.k.to(inner).repeat_interleave(group, 1))
-    v, bad_v = _finite(args.v.to(inner).repeat_interleave(group, 1))
+    q, bad_q = finite(args.q.to(inner))
+    k, bad_k = finite(args.k.to(inner).repeat_interleave(group, 1))
+    v, bad_v = finite(args.v.to(inner).repeat_interleave(group, 1))
     logits = (q * args.scale) @ k.transpose(-2, -1)
     logits = torch.where(bad_q[..., :, None] | bad_k[..., None, :], math.nan, logits)
     if args.softcap:
         logits = args.softcap * torch.tanh(logits / args.softcap)
-    if args.bias is not None:
-        logits = logits + args.bias.to(inner)
-    if args.line is not None:
-        logits = logits + _line_bias(args.line.to(inner), args.rows, queries, keys)
-    if args.table is not None:
-        index = grid_index(args.grid, args.q.device) if args.grid else args.bias_index
-        assert index is not None
-        logits = logits + args.table.to(inner)[index.to(torch.int64)].permute(2, 0, 1)
-    seen = _visible(args)
+    logits = add_biases(logits, args, queries, keys)
+    seen = visible(args, keys, logits.device)
     if seen is not None:
         logits = torch.where(seen, logits, -math.inf)
     every = logits
@@ -262,14 +227,6 @@ def _why_not_torch(args: Args) -> str | None:  # our kernels compute what torch'
 # --- declaration ---
 
 
-def empty_like_layout(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for ``(B, H, T, ·)`` of ``shape`` in the order of ``x``: heads inside tokens where x has them so."""
-    b, h, t, d = shape
-    if x.shape[1] > 1 and x.stride(1) < x.stride(2):
-        return x.new_empty((b, t, h, d)).transpose(1, 2)
-    return x.new_empty((b, h, t, d))
-
-
 def _as_promised(out: Tensor, q: Tensor) -> Tensor:
     """``out`` in the layout that callers of the registered op rely on."""
     promised = empty_like_layout(torch.empty_strided(q.shape, q.stride(), device="meta"), tuple(out.shape))
@@ -292,11 +249,6 @@ def _product_flops(args: Args) -> tuple[int, int]:
     """FLOPs of q·k and of p·v over all pairs, masked ones too."""
     pairs = 2 * args.q.shape[0] * args.q.shape[1] * args.q.shape[2] * args.k.shape[2]
     return pairs * args.q.shape[3], pairs * args.v.shape[3]
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """``x`` with its last axis contiguous, copied only where it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 # --- the public function ---
@@ -327,63 +279,34 @@ def _prepare(
     if all([isinstance(x, Tensor) for x in (q, k, v)]) and q.device == k.device == v.device:
         q, k, v = library.autocast(q), library.autocast(k), library.autocast(v)
     check_qkv(q, k, v)
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale=}")
+    check_numbers(scale, dropout_p)
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive, or None for none, got {softcap=}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p=}")
-    batch, heads, queries, keys = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    full = (batch, heads, queries, keys)
-    rule = read_rule(causal, window, pattern)
-    packed = read_packed(cu_seqlens_q, cu_seqlens_k, q, k)
-    check_patterns(rule, batch, queries, keys, packed)
-    if mask is not None:
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            kind = getattr(mask, "dtype", type(mask).__name__)
-            raise TypeError(f"mask must be boolean, True where a key takes part; what is added is bias; got {kind}")
-        if mask.device != q.device:
-            raise ValueError(f"mask is on {mask.device} but q is on {q.device}")
-        mask = broadcast(mask, "mask", full)
-    if bias is not None:
-        check_beside(bias, "bias", q, "q")
-        bias = broadcast(bias, "bias", full)
-    if packed is not None and (mask is not None or bias is not None):
-        given = {n: tuple(x.shape) for n, x in (("mask", mask), ("bias", bias)) if x is not None}
-        raise ValueError(f"in packed form pairs are given by rules, not by dense tensors: {given}")
-    check_per_head(alibi_slopes, "alibi_slopes", q)
     check_per_head(sinks, "sinks", q)
-    by_distance, index, grid = check_table(bias_table, bias_index, q, keys, packed)
-
-    inner = inner_dtype(q)
-    table = bias_table if by_distance is None else None
-    turn = Turn(keys - 1)
-    line = None
-    if by_distance is not None or alibi_slopes is not None:
-        ranked = bias_table if by_distance is not None else None
-        line, turn = distance_bias(ranked, by_distance, alibi_slopes, queries, keys, packed, inner)
-    elif packed is not None:
-        turn = Turn(0)  # nothing reads the place, only where it jumps
-    last = max(queries + keys - 2, 0) if line is None else line.shape[1] - 1 + keys
-    plain = rule.everything and packed is None
-    causal_only = rule.right == 0 and rule.left < 0 and not rule.patterns and packed is None
+    pairs = read_pairs(
+        q,
+        k,
+        causal=causal,
+        window=window,
+        mask=mask,
+        pattern=pattern,
+        bias=bias,
+        bias_table=bias_table,
+        bias_index=bias_index,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        alibi_slopes=alibi_slopes,
+    )
     return Args(
         q=rows_contiguous(q),
         k=rows_contiguous(k),
         v=rows_contiguous(v),
-        bias=bias,
-        line=line,
-        table=None if table is None else table.to(inner).contiguous(),
-        sinks=None if sinks is None else sinks.to(inner).contiguous(),
-        mask=mask,
-        bias_index=index,
-        rows=None if plain else make_rows(rule, q, keys, packed, turn, last),
+        sinks=None if sinks is None else sinks.to(inner_dtype(q)).contiguous(),
         seed=philox.new_seed(q.device) if dropout_p > 0.0 else None,
-        grid=grid,
-        rule="all" if plain else "causal" if causal_only and (rule.top_left or queries == keys) else "other",
         scale=(q.shape[3] ** -0.5 if q.shape[3] else 1.0) if scale is None else float(scale),
         softcap=0.0 if softcap is None else float(softcap),
         dropout_p=float(dropout_p),
+        **pairs._asdict(),
     )
 
 

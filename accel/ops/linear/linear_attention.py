@@ -11,10 +11,9 @@ from torch import Tensor
 
 from accel import backends, dispatch, library
 from accel.backends import KERNEL_DTYPES, inner_dtype
-from accel.ops.attention.arguments import read_packed
-from accel.ops.attention.softmax_attention import empty_like_layout, rows_contiguous
 from accel.ops.linear import feature_maps
 from accel.ops.linear.arguments import State, check_decay, check_heads, check_key_mask, check_state
+from accel.ops.pairs import empty_like_layout, finite, read_packed, rows_contiguous
 
 
 class Args(NamedTuple):
@@ -54,12 +53,6 @@ class Args(NamedTuple):
 # --- the definition ---
 
 
-def _finite(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` with what is not finite set to 0, and whether each row of it held such."""
-    good = torch.isfinite(x)
-    return torch.where(good, x, 0.0), ~good.all(-1)
-
-
 def _to_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
@@ -79,7 +72,7 @@ def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = Args(*given)
     inner = inner_dtype(args.q)
     feature = feature_maps.ELEMENTWISE[args.features]
-    q, bad_q = _finite(feature(args.q.to(inner).contiguous()))  # sums must not depend on strides
+    q, bad_q = finite(feature(args.q.to(inner).contiguous()))  # sums must not depend on strides
     k = feature(args.k.to(inner).contiguous())
     v = args.v.to(inner).contiguous()
     decay = args.decay
@@ -94,8 +87,8 @@ def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             decay = torch.where(own[..., 0], decay, 0.0)
     if seen is not None:
         k, v = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0)
-    k, bad_k = _finite(k)
-    v, bad_v = _finite(v)
+    k, bad_k = finite(k)
+    v, bad_v = finite(v)
     bad = _to_heads(bad_k, args.state_heads) | _to_heads(bad_v, args.state_heads)  # (N, Hs, S)
 
     weights = args.scale * _to_heads(q, args.heads) @ _to_heads(k, args.heads).transpose(-2, -1)

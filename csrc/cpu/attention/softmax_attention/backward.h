@@ -3,9 +3,12 @@
 // With p the weights, dp = dO·Vᵀ and ds = p ∘ (dp − delta): dV = pᵀ·dO, dK = dsᵀ·Q, dQ = ds·K; biases take ds.
 #pragma once
 
-#include "tile.h"
+#include "cpu/_logits.h"
+#include "params.h"
 
 namespace accel::ACCEL_ISA::softmax {
+
+using namespace pairs;
 
 constexpr float FAR = 128.0f;  // a log-sum-exp of that size is still exact to 4e-6
 
@@ -19,6 +22,7 @@ class Backward {
         p(b.forward),
         group(p.heads / p.kv_heads),
         logits(p),
+        biases(p, b, logits),
         q(group * p.queries, p.head_dim),
         grad_o(group * p.queries, p.value_dim),
         k(BLOCK_KEYS, p.head_dim),
@@ -45,22 +49,16 @@ class Backward {
     for (int64_t task = from; task < to; ++task) {
       key_run = task % b.key_runs;
       const int64_t kv_run = task / b.key_runs % b.head_runs;
-      part = task / (b.key_runs * b.head_runs) * b.key_runs + key_run;
+      const int64_t part = task / (b.key_runs * b.head_runs) * b.key_runs + key_run;
       const int64_t first = task / (b.key_runs * b.head_runs) * batches;
       const int64_t kv_first = kv_run * kv_heads, kv_end = std::min(kv_first + kv_heads, p.kv_heads);
-      for (int64_t h = kv_first * group; h < kv_end * group; ++h) {
-        if (b.part_line) std::fill_n(line_part(h), p.line_length, 0.0f);
-        if (b.part_table) std::fill_n(table_part(h), p.table_rows, 0.0f);
-      }
+      biases.begin(part, kv_first * group, kv_end * group);
       for (int64_t batch = first; batch < std::min(first + batches, p.batch); ++batch)
         for (int64_t kv = kv_first; kv < kv_end; ++kv) head(batch, kv);
     }
   }
 
  private:
-  float* line_part(int64_t h) const { return b.part_line + (part * p.heads + h) * p.line_length; }
-  float* table_part(int64_t h) const { return b.part_table + (part * p.heads + h) * p.table_rows; }
-
   // The keys of this task of one kv head.
   void head(int64_t batch, int64_t kv) {
     q.forget();
@@ -142,9 +140,7 @@ class Backward {
     }
     logits.spoil_pairs(logits.x);
     logits.spoil_pairs(grad_s);
-    if (b.part_line) add_line(batch, h, tile, first, s);
-    if (b.part_table) add_table(h, tile, first, s);
-    if (b.grad_bias) add_bias(batch, h, tile, first, s);
+    biases.add(batch, h, tile, first, s, grad_s, tile_ld);
     if (p.softcap > 0.0f)
       for (int i = 0; i < n; ++i)
         for (int j = s.from; j < s.to; j += W) {
@@ -188,57 +184,11 @@ class Backward {
     for (int j = s.from; j < s.to; j += W) store(weight + j, load(weight + j) * load(keep + j));
   }
 
-  // Columns that are keys: what lies behind them in the last vector is no pair.
-  int real(int64_t first, const Span& s) const { return int(std::min<int64_t>(s.to, p.keys - first)); }
-
-  void add_line(int64_t batch, int64_t h, const Tile& tile, int64_t first, const Span& s) {
-    // Only between the first and the last key that some row sees is every pair's place within the line.
-    const int64_t offset = logits.line_offset(batch, tile) + first;
-    for (int i = 0; i < tile.count; ++i) {
-      float* dst = line_part(h) + offset - i;
-      const float* src = grad_s + int64_t(i) * tile_ld;
-      int j = std::max<int64_t>(s.live_from, i - offset);
-      const int end = int(std::min<int64_t>(s.live_to, p.line_length - offset + i));
-      for (; j + W <= end; j += W) store(dst + j, load(dst + j) + load(src + j));
-      for (; j < end; ++j) dst[j] += src[j];
-    }
-  }
-
-  void add_table(int64_t h, const Tile& tile, int64_t first, const Span& s) {
-    float* dst = table_part(h);
-    const int end = real(first, s);
-    for (int i = 0; i < tile.count; ++i) {
-      const float* src = grad_s + int64_t(i) * tile_ld;
-      if (p.index) {
-        int32_t narrow[BLOCK_KEYS];
-        const int32_t* at = logits.index_of(tile.query + i, first, s.from, end, narrow);
-        for (int j = s.from; j < end; ++j) dst[at[j]] += src[j];
-      } else {
-        logits.for_each_grid_line(tile.query + i, first + s.from, first + end,
-                                  [&](int64_t j, int64_t turned, int64_t count, int64_t step) {
-                                    const float* from = src + (j - first);
-                                    for (int64_t m = 0; m < count; ++m) dst[turned + m * step] += from[m];
-                                  });
-      }
-    }
-  }
-
-  void add_bias(int64_t batch, int64_t h, const Tile& tile, int64_t first, const Span& s) {
-    const int end = real(first, s);
-    for (int i = 0; i < tile.count; ++i) {
-      const int64_t at = batch * b.grad_bias_stride[0] + h * b.grad_bias_stride[1] +
-                         (tile.query + i) * b.grad_bias_stride[2] + first * b.grad_bias_stride[3];
-      float* dst = b.grad_bias + at;
-      const float* src = grad_s + int64_t(i) * tile_ld;
-      const int64_t step = b.grad_bias_stride[3];
-      for (int j = s.from; j < end; ++j) dst[j * step] += src[j];
-    }
-  }
-
   const BackwardParams& b;
   const Params& p;
   const int64_t group;
   Logits logits;
+  BiasSums biases;
   Rows<PAIRS> q, grad_o, k, v;
   Summed<PAIRS> q_summed, grad_o_summed, k_summed;
   TurnedWeights<PAIRS> turned;
@@ -250,25 +200,7 @@ class Backward {
   // weights are then 0; and of rows whose largest logit is far from 0 that logit, since the sum of both would lose the
   // other part, which is their share.
   Buffer top, share;
-  int64_t key_run = 0, part = 0;
+  int64_t key_run = 0;
 };
-
-// grad_q of heads [from, to) of the batch = Σ over runs of keys, in their order.
-template <typename T>
-void sum_queries(const BackwardParams& b, int64_t from, int64_t to) {
-  const Params& p = b.forward;
-  const int64_t run = p.batch * p.heads * p.queries * p.head_dim;
-  std::vector<float> row(size_t(vectors(p.head_dim)));
-  for (int64_t head = from; head < to; ++head)
-    for (int64_t i = 0; i < p.queries; ++i) {
-      const float* src = b.part_q + (head * p.queries + i) * p.head_dim;
-      for (int d = 0; d < p.head_dim; ++d) {
-        float sum = src[d];
-        for (int64_t r = 1; r < b.key_runs; ++r) sum += src[r * run + d];
-        row[size_t(d)] = sum;
-      }
-      store_row(const_cast<T*>(row_of<T>(b.grad_q, head / p.heads, head % p.heads, i)), row.data(), p.head_dim, 1.0f);
-    }
-}
 
 }  // namespace accel::ACCEL_ISA::softmax

@@ -1,9 +1,12 @@
 // Forward: online softmax over blocks of keys (Dao et al., FlashAttention), a task per run of query tiles.
 #pragma once
 
-#include "tile.h"
+#include "cpu/_logits.h"
+#include "params.h"
 
 namespace accel::ACCEL_ISA::softmax {
+
+using namespace pairs;
 
 constexpr int FEW_ROWS = 4;  // of a task: decoding one token, also with a few query heads to a key head
 
@@ -94,7 +97,7 @@ class Forward {
 
   void step(int64_t b, int64_t h, const Tile& tile, int64_t row, int64_t block, const Span& s) {
     logits.compute(q, row, k, k_t, k_ld, b, h, tile, block, s);
-    logits.template find_spoiled<PAIRS>(nullptr, 0, v, tile.count, s);
+    logits.find_spoiled<Rows<PAIRS>>(nullptr, 0, v, tile.count, s);
     if (PAIRS && !p.dropout && !logits.any_spoiled()) {
       weights.begin(s.from);
       for (int i = 0; i < tile.count; ++i)

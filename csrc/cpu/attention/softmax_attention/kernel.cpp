@@ -20,9 +20,9 @@ void softmax_attention_backward(const BackwardParams& p, int64_t from, int64_t t
 }
 
 void softmax_attention_sum_queries(const BackwardParams& p, int64_t from, int64_t to) {
-  if (p.forward.dtype == Dtype::f32) sum_queries<float>(p, from, to);
-  if (p.forward.dtype == Dtype::bf16) sum_queries<bf16>(p, from, to);
-  if (p.forward.dtype == Dtype::f16) sum_queries<fp16>(p, from, to);
+  if (p.forward.dtype == Dtype::f32) sum_queries<float>(p.forward, p, p.grad_q, from, to);
+  if (p.forward.dtype == Dtype::bf16) sum_queries<bf16>(p.forward, p, p.grad_q, from, to);
+  if (p.forward.dtype == Dtype::f16) sum_queries<fp16>(p.forward, p, p.grad_q, from, to);
 }
 
 }  // namespace accel::ACCEL_ISA::softmax

@@ -1,10 +1,9 @@
-// One tile of logits, queries × keys: packing of its operands, biases and masks. Shared by forward and backward.
+// One tile of logits, queries × keys: packing of its operands, biases and masks, and the gradients of biases. Shared by
+// every kernel that weighs pairs.
 //
 // What is not finite is replaced by zero in the operands and remembered, since 0 · NaN would carry it to queries that
 // may not see it; pairs that may see it are made NaN instead.
 #pragma once
-
-#include "params.h"
 
 #include <cmath>
 #include <limits>
@@ -12,10 +11,13 @@
 #include <vector>
 
 #include "cpu/_pack.h"
+#include "cpu/_pairs.h"
 #include "cpu/_philox.h"
 #include "cpu/_table.h"
 
-namespace accel::ACCEL_ISA::softmax {
+namespace accel::ACCEL_ISA::pairs {
+
+using namespace accel::pairs;
 
 constexpr float NEG_INF = -std::numeric_limits<float>::infinity();
 constexpr float LEAST = std::numeric_limits<float>::lowest();
@@ -103,10 +105,10 @@ const T* row_of(const Strided& x, int64_t b, int64_t h, int64_t t) {
   return static_cast<const T*>(x.data) + b * x.batch + h * x.head + t * x.token;
 }
 
-// One row of T as IN_PAIRS<T> has it; `mul` is for fp32 words alone.
-template <typename T>
-void pack_row(Rows<IN_PAIRS<T>>& rows, int64_t row, const T* src, float mul) {
-  if constexpr (IN_PAIRS<T>) {
+// One row of T; `mul` is for fp32 words alone.
+template <typename T, bool PAIRS>
+void pack_row(Rows<PAIRS>& rows, int64_t row, const T* src, float mul) {
+  if constexpr (PAIRS) {
     rows.pack_pairs(row, src);
   } else {
     rows.pack(row, src, mul);
@@ -114,8 +116,8 @@ void pack_row(Rows<IN_PAIRS<T>>& rows, int64_t row, const T* src, float mul) {
 }
 
 // The keys of one block: rows [first, first + count), then zeros up to whole vectors.
-template <typename T>
-void pack_block(Rows<IN_PAIRS<T>>& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
+template <typename T, bool PAIRS>
+void pack_block(Rows<PAIRS>& rows, const Strided& x, int64_t b, int64_t h, int64_t first, int count) {
   rows.forget();
   for (int j = 0; j < count; ++j) {
     const T* src = row_of<T>(x, b, h, first + j);
@@ -184,16 +186,17 @@ struct Seen {
   int first0, end0, first1, end1, shift;
 };
 
-// The logits of tiles, in units of log2(e).
+// The logits of tiles, in their unit.
 class Logits {
  public:
-  explicit Logits(const Params& p)
+  explicit Logits(const PairParams& p)
       : p(p),
         ld(spread(BLOCK_KEYS)),
-        x(int64_t(TILE_ROWS) * ld),
-        unit(p.softcap > 0.0f ? 1.0f : LOG2_E),
+        own_(int64_t(TILE_ROWS) * ld),
+        x(own_),
+        unit(p.softcap > 0.0f ? 1.0f : p.unit),
         filled_(p.bias || p.table),
-        factor_(p.softcap > 0.0f ? p.scale : p.scale * LOG2_E),
+        factor_(p.softcap > 0.0f ? p.scale : p.scale * p.unit),
         init_(filled_ ? int64_t(TILE_ROWS) * ld : 0),
         slope_(p.softcap > 0.0f ? int64_t(TILE_ROWS) * ld : 0) {}
 
@@ -236,8 +239,9 @@ class Logits {
   }
 
   // Pairs that may see a row of `keys` or `queries` that was not finite; call it before weights replace the logits.
-  template <bool PAIRS>
-  void find_spoiled(const Rows<PAIRS>* queries, int64_t q_row, const Rows<PAIRS>& keys, int count, const Span& s) {
+  // Of either it asks bad(row) and any_bad() alone.
+  template <typename Queries, typename Keys>
+  void find_spoiled(const Queries* queries, int64_t q_row, const Keys& keys, int count, const Span& s) {
     spoiled_.clear();
     if (!keys.any_bad() && !(queries && queries->any_bad())) return;
     for (int i = 0; i < count; ++i)
@@ -246,6 +250,7 @@ class Logits {
           spoiled_.push_back(int64_t(i) * ld + j);
   }
   bool any_spoiled() const { return !spoiled_.empty(); }
+  const std::vector<int64_t>& spoiled() const { return spoiled_; }
   void spoil_pairs(float* tile) const {
     for (int64_t at : spoiled_) tile[at] = NOT_A_NUMBER;
   }
@@ -261,9 +266,14 @@ class Logits {
   // The first query's place in its line, such that key j is at + j; the next query's is one less.
   int64_t line_offset(int64_t b, const Tile& tile) const { return p.line_length - 1 - seen(b, tile.query).shift; }
 
-  const Params& p;
+  const PairParams& p;
   const int ld;
-  Buffer x;
+
+ private:
+  Buffer own_;
+
+ public:
+  float* x;  // the tile, which may be put elsewhere
 
  private:
   bool capped() const { return p.softcap > 0.0f; }
@@ -360,7 +370,7 @@ class Logits {
         const vf t = tanh(load(row + j) * inverse);
         vf y = t * p.softcap;
         if (add) y += load(add + j);
-        store(row + j, in_units(y, LOG2_E));
+        store(row + j, in_units(y, p.unit));
         store(slope + j, 1.0f - t * t);
       }
     }
@@ -443,4 +453,99 @@ class Logits {
   std::vector<int64_t> spoiled_;
 };
 
-}  // namespace accel::ACCEL_ISA::softmax
+// The gradients of biases of one backward task, from those of its logits.
+class BiasSums {
+ public:
+  BiasSums(const PairParams& p, const PairSums& b, const Logits& logits) : p(p), b(b), logits(logits) {}
+
+  // Of part `part` of the sums, query heads [from, to).
+  void begin(int64_t part, int64_t from, int64_t to) {
+    part_ = part;
+    for (int64_t h = from; h < to; ++h) {
+      if (b.part_line) std::fill_n(line_part(h), p.line_length, 0.0f);
+      if (b.part_table) std::fill_n(table_part(h), p.table_rows, 0.0f);
+    }
+  }
+
+  // `grad` is laid out as the tile's logits, with row stride ld.
+  void add(int64_t batch, int64_t h, const Tile& tile, int64_t first, const Span& s, const float* grad, int ld) {
+    if (b.part_line) add_line(batch, h, tile, first, s, grad, ld);
+    if (b.part_table) add_table(h, tile, first, s, grad, ld);
+    if (b.grad_bias) add_bias(batch, h, tile, first, s, grad, ld);
+  }
+
+ private:
+  float* line_part(int64_t h) const { return b.part_line + (part_ * p.heads + h) * p.line_length; }
+  float* table_part(int64_t h) const { return b.part_table + (part_ * p.heads + h) * p.table_rows; }
+
+  // Columns that are keys: what lies behind them in the last vector is no pair.
+  int real(int64_t first, const Span& s) const { return int(std::min<int64_t>(s.to, p.keys - first)); }
+
+  void add_line(int64_t batch, int64_t h, const Tile& tile, int64_t first, const Span& s, const float* grad, int ld) {
+    // Only between the first and the last key that some row sees is every pair's place within the line.
+    const int64_t offset = logits.line_offset(batch, tile) + first;
+    for (int i = 0; i < tile.count; ++i) {
+      float* dst = line_part(h) + offset - i;
+      const float* src = grad + int64_t(i) * ld;
+      int j = std::max<int64_t>(s.live_from, i - offset);
+      const int end = int(std::min<int64_t>(s.live_to, p.line_length - offset + i));
+      for (; j + W <= end; j += W) store(dst + j, load(dst + j) + load(src + j));
+      for (; j < end; ++j) dst[j] += src[j];
+    }
+  }
+
+  void add_table(int64_t h, const Tile& tile, int64_t first, const Span& s, const float* grad, int ld) {
+    float* dst = table_part(h);
+    const int end = real(first, s);
+    for (int i = 0; i < tile.count; ++i) {
+      const float* src = grad + int64_t(i) * ld;
+      if (p.index) {
+        int32_t narrow[BLOCK_KEYS];
+        const int32_t* at = logits.index_of(tile.query + i, first, s.from, end, narrow);
+        for (int j = s.from; j < end; ++j) dst[at[j]] += src[j];
+      } else {
+        logits.for_each_grid_line(tile.query + i, first + s.from, first + end,
+                                  [&](int64_t j, int64_t turned, int64_t count, int64_t step) {
+                                    const float* from = src + (j - first);
+                                    for (int64_t m = 0; m < count; ++m) dst[turned + m * step] += from[m];
+                                  });
+      }
+    }
+  }
+
+  void add_bias(int64_t batch, int64_t h, const Tile& tile, int64_t first, const Span& s, const float* grad, int ld) {
+    const int end = real(first, s);
+    for (int i = 0; i < tile.count; ++i) {
+      const int64_t at = batch * b.grad_bias_stride[0] + h * b.grad_bias_stride[1] +
+                         (tile.query + i) * b.grad_bias_stride[2] + first * b.grad_bias_stride[3];
+      float* dst = b.grad_bias + at;
+      const float* src = grad + int64_t(i) * ld;
+      const int64_t step = b.grad_bias_stride[3];
+      for (int j = s.from; j < end; ++j) dst[j * step] += src[j];
+    }
+  }
+
+  const PairParams& p;
+  const PairSums& b;
+  const Logits& logits;
+  int64_t part_ = 0;
+};
+
+// grad_q of heads [from, to) of the batch = Σ over runs of keys, in their order.
+template <typename T>
+void sum_queries(const PairParams& p, const PairSums& b, const Strided& grad_q, int64_t from, int64_t to) {
+  const int64_t run = p.batch * p.heads * p.queries * p.head_dim;
+  std::vector<float> row(size_t(vectors(p.head_dim)));
+  for (int64_t head = from; head < to; ++head)
+    for (int64_t i = 0; i < p.queries; ++i) {
+      const float* src = b.part_q + (head * p.queries + i) * p.head_dim;
+      for (int d = 0; d < p.head_dim; ++d) {
+        float sum = src[d];
+        for (int64_t r = 1; r < b.key_runs; ++r) sum += src[r * run + d];
+        row[size_t(d)] = sum;
+      }
+      store_row(const_cast<T*>(row_of<T>(grad_q, head / p.heads, head % p.heads, i)), row.data(), p.head_dim, 1.0f);
+    }
+}
+
+}  // namespace accel::ACCEL_ISA::pairs

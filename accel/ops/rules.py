@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel.ops.grid import relative_position_index
-
 FAR = 2**30
 """Beyond any token that a kernel takes, and far enough from the end of int32 to be added to one."""
 
@@ -190,18 +188,20 @@ class Grid2D:
         return (2 * self.h - 1) * (2 * self.w - 1) + (3 if self.extra else 0)
 
 
-def grid_index(grid: Sequence[int], device: torch.device | None = None) -> Tensor:
-    """The rows of :class:`Grid2D`'s table as an int64 tensor ``(T, T)``: its definition."""
+def grid_index(
+    grid: Sequence[int], device: torch.device | None = None, queries: slice = slice(None), keys: slice = slice(None)
+) -> Tensor:
+    """The rows of :class:`Grid2D`'s table as an int64 tensor ``(T, T)``, or some of it: its definition."""
     h, w, extra = grid
-    index = relative_position_index((h, w), device)
+    at = torch.arange(-extra, h * w, device=device)
+    i, j = at[queries, None], at[keys]
+    rows = (2 * h - 1) * (2 * w - 1)
+    y = i.div(w, rounding_mode="floor") - j.div(w, rounding_mode="floor") + h - 1
+    index = y * (2 * w - 1) + i % w - j % w + w - 1
     if not extra:
         return index
-    rows = (2 * h - 1) * (2 * w - 1)
-    out = index.new_full((h * w + extra, h * w + extra), rows + 2)
-    out[:extra, extra:] = rows
-    out[extra:, :extra] = rows + 1
-    out[extra:, extra:] = index
-    return out
+    special = torch.where(i >= 0, rows + 1, torch.where(j >= 0, rows, rows + 2))
+    return torch.where((i >= 0) & (j >= 0), index, special)
 
 
 BiasIndex = Tensor | str | T5Buckets | Grid2D

@@ -1,0 +1,220 @@
+// Backward: weights are made again, block of keys by block of keys, and every sum has one owner.
+//
+// With w the weights, s their slopes and g = dO ∘ gate: dV = wᵀ·g, dx = s ∘ (g·Vᵀ), dK = dxᵀ·Q, dQ = dx·K; biases take dx.
+#pragma once
+
+#include "weights.h"
+
+namespace accel::ACCEL_ISA::gau {
+
+// Queries handled together: each panel of values and of their gradients is then read once for all of them.
+constexpr int STEP_TILES = 2;
+
+template <typename T>
+class Backward {
+ public:
+  explicit Backward(const BackwardParams& b)
+      : b(b),
+        p(b.forward),
+        group(p.heads / p.kv_heads),
+        panels(panels_of(p.value_dim)),
+        logits(p),
+        biases(p, b, logits),
+        q(STEP_TILES * TILE_ROWS, p.head_dim),
+        k(BLOCK_KEYS, p.head_dim),
+        ld(logits.ld),
+        k_t(int64_t(k.padded) * ld),
+        v_t(int64_t(panels) * PANEL * ld),
+        v(int64_t(BLOCK_KEYS) * PANEL_LD),
+        upstream(int64_t(panels) * STEP_TILES * TILE_ROWS * PANEL_LD),
+        weights(int64_t(STEP_TILES) * TILE_ROWS * ld),
+        slopes(int64_t(STEP_TILES) * TILE_ROWS * ld),
+        grads(int64_t(STEP_TILES) * TILE_ROWS * ld),
+        grad_q(group * p.queries, p.head_dim),
+        grad_k(BLOCK_KEYS, p.head_dim),
+        grad_v(int64_t(panels) * BLOCK_KEYS * PANEL_LD),
+        bad_values(BLOCK_KEYS),
+        bad_upstream(STEP_TILES * TILE_ROWS) {}
+
+  void run(int64_t from, int64_t to) {
+    const int64_t batches = (p.batch + b.batch_runs - 1) / b.batch_runs;
+    const int64_t kv_heads = (p.kv_heads + b.head_runs - 1) / b.head_runs;
+    for (int64_t task = from; task < to; ++task) {
+      const int64_t turn = task % b.key_runs;  // early and late keys take turns, as they differ in work
+      key_run = turn % 2 ? b.key_runs - 1 - turn / 2 : turn / 2;
+      const int64_t kv_run = task / b.key_runs % b.head_runs, batch_run = task / (b.key_runs * b.head_runs);
+      const int64_t kv_first = kv_run * kv_heads, kv_end = std::min(kv_first + kv_heads, p.kv_heads);
+      biases.begin(batch_run * b.key_runs + key_run, kv_first * group, kv_end * group);
+      for (int64_t batch = batch_run * batches; batch < std::min((batch_run + 1) * batches, p.batch); ++batch)
+        for (int64_t kv = kv_first; kv < kv_end; ++kv) head(batch, kv);
+    }
+  }
+
+ private:
+  // The keys of this task of one kv head.
+  void head(int64_t batch, int64_t kv) {
+    for (int64_t row = 0; row < group * p.queries; ++row) grad_q.clear(row);
+    const int64_t end = std::min(p.keys, (key_run + 1) * b.keys_per_run);
+    for (int64_t first = key_run * b.keys_per_run; first < end; first += BLOCK_KEYS)
+      block(batch, kv, first, int(std::min<int64_t>(BLOCK_KEYS, end - first)));
+    for (int64_t g = 0, row = 0; g < group; ++g)
+      for (int64_t i = 0; i < p.queries; ++i, ++row) {
+        const int64_t h = kv * group + g;
+        if (b.part_q) {
+          float* dst = b.part_q + (((key_run * p.batch + batch) * p.heads + h) * p.queries + i) * p.head_dim;
+          store_row(dst, grad_q.at(row), p.head_dim, p.scale);
+        } else {
+          store_row(const_cast<T*>(row_of<T>(b.grad_q, batch, h, i)), grad_q.at(row), p.head_dim, p.scale);
+        }
+      }
+  }
+
+  void block(int64_t batch, int64_t kv, int64_t first, int count) {
+    const int padded = vectors(count);
+    pack_block<T>(k, p.k, batch, kv, first, count);
+    transpose(k.at(0), k.ld, k_t, ld, padded, k.padded);
+    bad_values.forget();
+    for (int panel = 0; panel < panels; ++panel) {
+      const int width = panel_width(p.value_dim, panel);
+      for (int j = 0; j < count; ++j) {
+        const T* src = row_of<T>(p.v, batch, kv, first + j) + panel * PANEL;
+        if (!pack_panel<T>(src, nullptr, v + int64_t(j) * PANEL_LD, width)) bad_values.mark(j);
+      }
+      for (int j = count; j < padded; ++j) std::fill_n(v + int64_t(j) * PANEL_LD, vectors(width), 0.0f);
+      transpose(v, PANEL_LD, v_t + int64_t(panel) * PANEL * ld, ld, padded, vectors(width));
+      for (int j = 0; j < padded; ++j) std::fill_n(grad_v_at(panel, j), vectors(width), 0.0f);
+    }
+    for (int j = 0; j < padded; ++j) grad_k.clear(j);
+
+    for (int64_t g = 0; g < group; ++g)
+      for (int64_t n = 0; n < p.tile_count; n += STEP_TILES)
+        step(batch, kv * group + g, g * p.queries, n, std::min<int64_t>(n + STEP_TILES, p.tile_count), first, count);
+
+    for (int j = 0; j < count; ++j) {  // queries were packed with the scale
+      store_row(const_cast<T*>(row_of<T>(b.grad_k, batch, kv, first + j)), grad_k.at(j), p.head_dim, 1.0f);
+      T* dst = const_cast<T*>(row_of<T>(b.grad_v, batch, kv, first + j));
+      for (int panel = 0; panel < panels; ++panel)
+        store_row(dst + panel * PANEL, grad_v_at(panel, j), panel_width(p.value_dim, panel), 1.0f);
+    }
+  }
+
+  // Tiles [from, to) of one query head, whose rows of grad_q begin at `row`.
+  void step(int64_t batch, int64_t h, int64_t row, int64_t from, int64_t to, int64_t first, int count) {
+    Span spans[STEP_TILES];
+    bool some = false;
+    const Tile* tiles = p.tiles + batch * p.tiles_batch + from;
+    const int many = int(to - from);
+    for (int n = 0; n < many; ++n) {
+      spans[n] = meet(tiles[n], first, count);
+      some |= !spans[n].empty();
+    }
+    if (!some) return;
+    q.forget();
+    bad_upstream.forget();
+    for (int n = 0; n < many; ++n)
+      if (!spans[n].empty()) pack_rows(batch, h, tiles[n], n * TILE_ROWS);
+    for (int n = 0; n < many; ++n)
+      if (!spans[n].empty()) weigh_tile(batch, h, tiles[n], n * TILE_ROWS, first, spans[n]);
+
+    // two whole tiles that meet the same keys are one of twice as many rows: sums over them are longer
+    const bool joined = many == 2 && tiles[0].count == TILE_ROWS && spans[0].from == spans[1].from &&
+                        spans[0].to == spans[1].to && !spans[1].empty();
+    for (int panel = 0; panel < panels; ++panel) {
+      const int width = panel_width(p.value_dim, panel);
+      for (int n = 0; n < (joined ? 1 : many); ++n) {
+        const Span& s = spans[n];
+        if (s.empty()) continue;
+        const int rows = joined ? TILE_ROWS + tiles[1].count : tiles[n].count;
+        const float* g = upstream_at(panel, n * TILE_ROWS);
+        float* grad = grads + int64_t(n) * TILE_ROWS * ld + s.from;
+        gemm({g, PANEL_LD, 1, v_t + int64_t(panel) * PANEL * ld + s.from, ld, grad, ld, panel ? grad : nullptr, ld, width},
+             rows, (s.to - s.from) / W);
+        float* values = grad_v_at(panel, s.from);
+        gemm({weights + int64_t(n) * TILE_ROWS * ld + s.from, 1, ld, g, PANEL_LD, values, PANEL_LD, values, PANEL_LD, rows},
+             s.to - s.from, vectors(width) / W);
+      }
+    }
+    for (int n = 0; n < many; ++n)
+      if (!spans[n].empty()) through_logits(batch, h, row + tiles[n].query, tiles[n], n, first, spans[n]);
+  }
+
+  void pack_rows(int64_t batch, int64_t h, const Tile& tile, int at) {
+    for (int i = 0; i < tile.count; ++i) {
+      q.pack(at + i, row_of<T>(p.q, batch, h, tile.query + i), logits.factor());
+      const T* src = row_of<T>(b.grad_out, batch, h, tile.query + i);
+      const T* gate = p.gate.data ? row_of<T>(p.gate, batch, h, tile.query + i) : nullptr;
+      for (int panel = 0; panel < panels; ++panel) {
+        const int column = panel * PANEL;
+        if (!pack_panel<T>(src + column, gate ? gate + column : nullptr, upstream_at(panel, at + i),
+                           panel_width(p.value_dim, panel)))
+          bad_upstream.mark(at + i);
+      }
+    }
+  }
+
+  void weigh_tile(int64_t batch, int64_t h, const Tile& tile, int at, int64_t first, const Span& s) {
+    logits.x = weights + int64_t(at) * ld;
+    logits.compute(q, at, k, k_t, ld, batch, h, tile, first, s);
+    spoiled[at / TILE_ROWS].clear();
+    logits.find_spoiled(&bad_upstream, at, bad_values, tile.count, s);
+    if (logits.any_spoiled()) spoiled[at / TILE_ROWS] = logits.spoiled();
+    with_activation(p.activation, [&](auto activation) {
+      for (int i = 0; i < tile.count; ++i) {
+        float* x = logits.x + int64_t(i) * ld;
+        float* slope = slopes + int64_t(at + i) * ld;
+        for (int j = s.from; j < s.to; j += W) {
+          const Weight w = weigh<activation>(load(x + j));
+          store(x + j, w.value);
+          store(slope + j, w.slope);
+        }
+        if (!p.dropout) continue;
+        for (int j = s.live_from; j < s.live_to; ++j) {
+          const float keep = logits.keep(batch, h, tile.query + i, first + j);
+          x[j] *= keep;
+          slope[j] *= keep;
+        }
+      }
+    });
+    for (int64_t pair : spoiled[at / TILE_ROWS]) logits.x[pair] = NOT_A_NUMBER;
+  }
+
+  void through_logits(int64_t batch, int64_t h, int64_t row, const Tile& tile, int n, int64_t first, const Span& s) {
+    float* grad = grads + int64_t(n) * TILE_ROWS * ld;
+    const float* slope = slopes + int64_t(n) * TILE_ROWS * ld;
+    for (int i = 0; i < tile.count; ++i)
+      for (int j = s.from; j < s.to; j += W) {
+        float* x = grad + int64_t(i) * ld + j;
+        store(x, load(x) * load(slope + int64_t(i) * ld + j));
+      }
+    for (int64_t pair : spoiled[n]) grad[pair] = NOT_A_NUMBER;
+    biases.add(batch, h, tile, first, s, grad, ld);
+    const float* rows = q.at(n * TILE_ROWS);
+    gemm({grad + s.from, 1, ld, rows, q.ld, grad_k.at(s.from), grad_k.ld, grad_k.at(s.from), grad_k.ld, tile.count},
+         s.to - s.from, grad_k.padded / W);
+    gemm({grad + s.from, ld, 1, k.at(s.from), k.ld, grad_q.at(row), grad_q.ld, grad_q.at(row), grad_q.ld, s.to - s.from},
+         tile.count, grad_q.padded / W);
+  }
+
+  float* upstream_at(int panel, int row) const {
+    return upstream + (int64_t(panel) * STEP_TILES * TILE_ROWS + row) * PANEL_LD;
+  }
+  float* grad_v_at(int panel, int key) const { return grad_v + (int64_t(panel) * BLOCK_KEYS + key) * PANEL_LD; }
+
+  const BackwardParams& b;
+  const Params& p;
+  const int64_t group;
+  const int panels;
+  Logits logits;
+  BiasSums biases;
+  Rows<> q, k;
+  const int ld;
+  Buffer k_t, v_t, v, upstream;
+  Buffer weights, slopes, grads;
+  Rows<> grad_q, grad_k;
+  Buffer grad_v;
+  Marks bad_values, bad_upstream;
+  std::vector<int64_t> spoiled[STEP_TILES];
+  int64_t key_run = 0;
+};
+
+}  // namespace accel::ACCEL_ISA::gau

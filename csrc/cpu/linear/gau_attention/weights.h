@@ -1,0 +1,113 @@
+// The activations: logits to weights, and their derivatives. A logit of −∞ is a pair that weighs nothing.
+#pragma once
+
+#include "cpu/_logits.h"
+#include "params.h"
+
+namespace accel::ACCEL_ISA::gau {
+
+using namespace pairs;
+
+// A weight and its derivative by the logit.
+struct Weight {
+  vf value, slope;
+};
+
+// 2^(x·log2(e)) for x <= 0.
+inline vf exp_nonpositive(vf x) { return exp2_nonpositive(x * LOG2_E); }
+
+inline vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
+
+// ½·erfc(x), relative error below 4e-7 where it is above 1e-10: Numerical Recipes' Chebyshev fit of log(erfc(x)·(1 + x/2)).
+inline vf half_erfc(vf x) {
+  const vf a = absolute(x), t = 1.0f / (1.0f + 0.5f * a);
+  vf p = splat(0.17087277f);
+  p = p * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const vf y = 0.5f * t * exp_nonpositive(p - a * a);
+  return x < 0.0f ? 1.0f - y : y;
+}
+
+template <Activation A>
+inline Weight weigh(vf x) {
+  const vf zero{};
+  if constexpr (A == Activation::relu2) {
+    const vf r = max(x, zero);
+    return {r * r, 2.0f * r};
+  } else if constexpr (A == Activation::laplace) {
+    const vf z = (x - 0.70710678f) * 2.50662827f;  // (x − √½)·√(2π)
+    return {half_erfc(-z), 1.41421356f * exp_nonpositive(-z * z)};
+  } else {
+    const vf e = exp_nonpositive(-absolute(x)), inverse = 1.0f / (1.0f + e);
+    const vf s = x < 0.0f ? e * inverse : inverse, falling = s * (x < 0.0f ? inverse : e * inverse);  // s·(1 − s)
+    if constexpr (A == Activation::sigmoid) return {s, falling};
+    const vf none = splat(NEG_INF);
+    return {x == none ? zero : x * s, x == none ? zero : s + x * falling};
+  }
+}
+
+// f(std::integral_constant) of the activation, so that a loop over a tile is made for each.
+template <typename F>
+void with_activation(Activation a, F f) {
+  using enum Activation;
+  if (a == relu2) f(std::integral_constant<Activation, relu2>{});
+  if (a == laplace) f(std::integral_constant<Activation, laplace>{});
+  if (a == silu) f(std::integral_constant<Activation, silu>{});
+  if (a == sigmoid) f(std::integral_constant<Activation, sigmoid>{});
+}
+
+// Columns of values that are multiplied at a time: a block of keys of them stays in the second-level cache.
+constexpr int PANEL = 128;
+constexpr int PANEL_LD = 16 * (PANEL / 16 | 1);
+
+inline int panels_of(int size) { return (size + PANEL - 1) / PANEL; }
+inline int panel_width(int size, int panel) { return std::min(PANEL, size - panel * PANEL); }
+
+// n numbers of a row as fp32, times those of `mul` if there are any; zeros behind them up to whole vectors. False if one
+// was not finite, which is then 0.
+template <typename T>
+bool pack_panel(const T* src, const T* mul, float* dst, int n) {
+  vf check{};  // 0 · x is NaN for what is not finite
+  int d = 0;
+  for (; d + W <= n; d += W) {
+    vf x = load(src + d);
+    if (mul) x *= load(mul + d);
+    check += x * 0.0f;
+    store(dst + d, x);
+  }
+  if (d < n) {
+    for (int c = d; c < n; ++c) dst[c] = to_float(src[c]) * (mul ? to_float(mul[c]) : 1.0f);
+    for (int c = n; c < vectors(n); ++c) dst[c] = 0.0f;
+    check += load(dst + d) * 0.0f;
+  }
+  if (sum_lanes(check)[0] == 0.0f) return true;
+  for (int c = 0; c < n; ++c)
+    if (!std::isfinite(dst[c])) dst[c] = 0.0f;
+  return false;
+}
+
+// Rows that held something not finite, as Rows remembers them.
+class Marks {
+ public:
+  explicit Marks(int64_t rows) : bad_(size_t(rows)) {}
+  void mark(int64_t row) { bad_[size_t(row)] = any_ = true; }
+  void forget() {
+    if (any_) std::fill(bad_.begin(), bad_.end(), 0);
+    any_ = false;
+  }
+  bool bad(int64_t row) const { return bad_[size_t(row)]; }
+  bool any_bad() const { return any_; }
+
+ private:
+  std::vector<char> bad_;
+  bool any_ = false;
+};
+
+}  // namespace accel::ACCEL_ISA::gau
