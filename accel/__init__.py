@@ -11,6 +11,7 @@ from accel.ops.boxes.ps_roi_pool import ps_roi_pool
 from accel.ops.deformable.deform_attention2d import deform_attention2d
 from accel.ops.deformable.deform_conv2d import deform_conv2d
 from accel.ops.deformable.ms_deform_attn import ms_deform_attn
+from accel.ops.linear.flash_mix import flash_mix
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.rules import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets
 from accel.ops.windows.window_attention import window_attention
@@ -27,6 +28,7 @@ __all__ = [
     "deform_attention2d",
     "deform_conv2d",
     "explain",
+    "flash_mix",
     "gau_attention",
     "ms_deform_attn",
     "nn",
