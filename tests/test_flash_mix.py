@@ -45,7 +45,8 @@ def bias_of(table, chunk_size):
 
 
 CALLS = [
-    (32, 8, ""), (37, 8, "table"), (5, 8, "table mask"), (24, 8, "mask"), (1, 1, ""), (23, 1, "mask"), (40, 16, "no gate"),
+    (32, 8, ""), (37, 8, "table"), (5, 8, "table mask"), (24, 8, "mask"), (1, 1, ""), (23, 1, "mask"),
+    (40, 16, "no gate"),
 ]  # fmt: skip
 # in chunks of one token a gradient of quad_q is a single difference of what is rounded between the two parts
 IN_DTYPES = [

@@ -1,10 +1,13 @@
-"""The mixed chunk attention of FLASH: gated attention within chunks, and linear attention across them."""
+"""The mixed chunk attention of FLASH: gated attention within chunks, by its op, and linear attention across them, by
+products of torch."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,6 +84,39 @@ def flash_mix(
 
     Follows Hua et al., Transformer Quality in Linear Time (2022).
     """
+    quad = {"quad_scale": quad_scale, "bias_table": bias_table, "bias_index": bias_index, "dropout_p": dropout_p}
+    out, state = mix(
+        functools.partial(gau_attention, backend=backend),
+        *(quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size, causal, activation, lin_scale, key_mask, cu_seqlens),
+        *(initial_state, return_state),
+        **quad,
+    )
+    return (out, state) if return_state else out
+
+
+def mix(
+    attend: Callable[..., Tensor],
+    quad_q: Tensor,
+    quad_k: Tensor,
+    lin_q: Tensor,
+    lin_k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    chunk_size: int,
+    causal: bool,
+    activation: str,
+    lin_scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    *,
+    quad_scale: float | None = None,
+    bias_table: Tensor | None = None,
+    bias_index: BiasIndex | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """:func:`flash_mix` with ``attend`` for the part within chunks: the output, and the state."""
     main = [quad_q, quad_k, lin_q, lin_k, v, *([] if gate is None else [gate])]
     if all([isinstance(x, Tensor) and x.device == main[0].device for x in main]):
         main = [library.autocast(x) for x in main]
@@ -91,20 +127,17 @@ def flash_mix(
     for name, scale in (("quad_scale", quad_scale), ("lin_scale", lin_scale)):
         if scale is not None and not -math.inf < scale < math.inf:
             raise ValueError(f"{name} must be finite, got {scale=}")
-    quad = {"causal": causal, "activation": activation, "dropout_p": dropout_p, "backend": backend}
+    quad: dict[str, Any] = {"causal": causal, "activation": activation, "dropout_p": dropout_p}
     quad |= {"scale": 1.0 / chunk_size if quad_scale is None else quad_scale}
-    biased = bias_table, bias_index
+    of_all = _Call(functools.partial(attend, **quad), chunk_size, causal, lin_scale, bias_table, bias_index)
     if cu_seqlens is None:
-        out, state = _mix(main, chunk_size, quad, lin_scale, biased, key_mask, initial_state)
-        return (out, state) if return_state else out
+        return of_all.mix(main, key_mask, initial_state)
     read_packed(cu_seqlens, None, quad_q[:, None], quad_k[:, None])
     made = []
     for n, (first, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         before = None if initial_state is None else initial_state[n : n + 1]
-        of_one = [x[:, first:end] for x in main]
-        made.append(_mix(of_one, chunk_size, quad, lin_scale, biased, None, before))
-    out = torch.cat([x for x, _ in made], 1)
-    return (out, torch.cat([x for _, x in made])) if return_state else out
+        made.append(of_all.mix([x[:, first:end] for x in main], None, before))
+    return torch.cat([x for x, _ in made], 1), torch.cat([x for _, x in made])
 
 
 def _check(
@@ -146,48 +179,46 @@ def _check(
             raise ValueError(f"initial_state must be float32 {wanted}, got {state.dtype} {tuple(state.shape)}")
 
 
-def _mix(
-    main: list[Tensor],
-    chunk_size: int,
-    quad: dict[str, Any],
-    lin_scale: float | None,
-    biased: tuple[Tensor | None, BiasIndex | None],
-    key_mask: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Sequences of one length: output, and the state after the whole chunks."""
-    quad_q, quad_k, lin_q, lin_k, v, *gates = main
-    if key_mask is not None:  # in the linear part a key of 0 takes no part, whatever its value
-        lin_k = lin_k.masked_fill(~key_mask[..., None], 0.0)
-        of_linear = v.masked_fill(~key_mask[..., None], 0.0)
-    else:
-        of_linear = v
-    tokens, whole = v.shape[1], v.shape[1] // chunk_size * chunk_size
-    parts = []
-    if whole:
-        pieces = [x[:, :whole].unflatten(1, (-1, chunk_size)).flatten(0, 1) for x in (quad_q, quad_k, v)]
-        mask = None if key_mask is None else key_mask[:, :whole].reshape(-1, 1, chunk_size)
-        table, index = biased
-        out = gau_attention(*pieces, mask=mask, bias_table=table, bias_index=index, **quad)
-        parts.append(out.unflatten(0, (v.shape[0], -1)).flatten(1, 2))
-    if whole < tokens:
-        table, index = _shortened(*biased, chunk_size, tokens - whole)
-        mask = None if key_mask is None else key_mask[:, None, whole:]
-        pieces = [x[:, whole:] for x in (quad_q, quad_k, v)]
-        parts.append(gau_attention(*pieces, mask=mask, bias_table=table, bias_index=index, **quad))
-    within = parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else v
-    with library.without_autocast(v):
-        scale = lin_scale
+class _Call(NamedTuple):
+    attend: Callable[..., Tensor]
+    chunk_size: int
+    causal: bool
+    lin_scale: float | None
+    table: Tensor | None
+    index: BiasIndex | None
+
+    def mix(self, main: list[Tensor], key_mask: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Sequences of one length: output, and the state after the whole chunks."""
+        quad_q, quad_k, lin_q, lin_k, v, *gates = main
+        within = self._within(quad_q, quad_k, v, key_mask)
+        if key_mask is not None:
+            lin_k, v = (x.masked_fill(~key_mask[..., None], 0.0) for x in (lin_k, v))
+        scale = self.lin_scale
         if scale is None:
-            scale = 1.0 / chunk_size if quad["causal"] else 1.0 / max(tokens, 1)
-        inner = inner_dtype(v)
-        across, state = _across(
-            lin_q.to(inner) * scale, lin_k.to(inner), of_linear.to(inner), chunk_size, quad["causal"], state
-        )
-        out = within.to(inner) + across
-        for gate in gates:
-            out = out * gate.to(inner)
-        return out.to(v.dtype), state
+            scale = 1.0 / self.chunk_size if self.causal else 1.0 / max(v.shape[1], 1)
+        with library.without_autocast(v):
+            inner = inner_dtype(v)
+            wide = lin_q.to(inner) * scale, lin_k.to(inner), v.to(inner)
+            across, state = _across(*wide, self.chunk_size, self.causal, state)
+            out = within.to(inner) + across
+            for gate in gates:
+                out = out * gate.to(inner)
+            return out.to(v.dtype), state
+
+    def _within(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Whole chunks as a batch, and a shorter one at the end."""
+        whole, parts = v.shape[1] // self.chunk_size * self.chunk_size, []
+        if whole:
+            pieces = [x[:, :whole].unflatten(1, (-1, self.chunk_size)).flatten(0, 1) for x in (q, k, v)]
+            mask = None if key_mask is None else key_mask[:, :whole].reshape(-1, 1, self.chunk_size)
+            out = self.attend(*pieces, mask=mask, bias_table=self.table, bias_index=self.index)
+            parts.append(out.unflatten(0, (v.shape[0], -1)).flatten(1, 2))
+        if whole < v.shape[1] or not parts:
+            table, index = _shortened(self.table, self.index, self.chunk_size, v.shape[1] - whole)
+            mask = None if key_mask is None else key_mask[:, None, whole:]
+            pieces = [x[:, whole:] for x in (q, k, v)]
+            parts.append(self.attend(*pieces, mask=mask, bias_table=table, bias_index=index))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _across(
