@@ -12,7 +12,7 @@ NEWEST := torch==2.14.1 torchvision==0.29.1 triton==3.8.0
 
 BUILD := setuptools wheel ninja pybind11
 BENCH := triton transformers timm rich matplotlib scikit-learn scikit-image pillow packaging
-TEST := pytest pytest-xdist pytest-benchmark hypothesis safetensors timm transformers diffusers ruff mypy
+TEST := pytest pytest-xdist pytest-benchmark hypothesis safetensors timm transformers diffusers FLASH-pytorch ruff mypy
 SWEEP := accelerate peft torchao
 PARALLEL := -n 2 --dist worksteal
 

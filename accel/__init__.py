@@ -5,6 +5,7 @@ Everything here runs on GPU and CPU, has gradients, and refuses in a sentence wh
 
 from accel._version import __version__
 from accel.dispatch import explain, use
+from accel.flash_mix import flash_mix
 from accel.ops.attention.softmax_attention import softmax_attention
 from accel.ops.boxes.ps_roi_align import ps_roi_align
 from accel.ops.boxes.ps_roi_pool import ps_roi_pool
@@ -29,6 +30,7 @@ __all__ = [
     "deform_attention2d",
     "deform_conv2d",
     "explain",
+    "flash_mix",
     "gau_attention",
     "linear_attention",
     "linear_attention_step",

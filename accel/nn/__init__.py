@@ -2,6 +2,7 @@
 
 from accel.nn.attention import MultiHeadAttention
 from accel.nn.deform import DeformConv2d, ModulatedDeformConv2d
+from accel.nn.gated import FLASH, GatedAttentionUnit, ScaleNorm
 from accel.nn.linear import LinearAttention
 from accel.nn.windows import (
     ShiftedWindowAttention,
@@ -13,10 +14,13 @@ from accel.nn.windows import (
 )
 
 __all__ = [
+    "FLASH",
     "DeformConv2d",
+    "GatedAttentionUnit",
     "LinearAttention",
     "ModulatedDeformConv2d",
     "MultiHeadAttention",
+    "ScaleNorm",
     "ShiftedWindowAttention",
     "ShiftedWindowAttention3d",
     "ShiftedWindowAttentionV2",

@@ -6,6 +6,7 @@ from torch import nn
 
 from accel.patches import (
     diffusers,
+    flash_pytorch,
     mmcv,
     timm,
     torch_nn,
@@ -18,7 +19,7 @@ from accel.patches.entry import Entry, Function, class_path, plain_class
 
 __all__ = ["FUNCTIONS", "TABLE", "Entry", "Function", "class_path", "target_of"]
 
-LIBRARIES = (torch_nn, torchvision, timm, transformers, transformers_vision, diffusers, mmcv)
+LIBRARIES = (torch_nn, torchvision, timm, transformers, transformers_vision, diffusers, mmcv, flash_pytorch)
 TABLE: dict[str, Entry] = {e.target: e for library in LIBRARIES for e in library.ENTRIES}
 FUNCTIONS: dict[str, Function] = {f.target: f for f in (*torchvision.FUNCTIONS, *transformers_mamba2.FUNCTIONS)}
 
