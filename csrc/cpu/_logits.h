@@ -231,9 +231,11 @@ class Logits {
       float* row = x + int64_t(i) * ld;
       std::fill(row + s.from, row + s.to, 0.0f);
       const T* keys = row_of<T>(p.k, b, kv, block);
-      for (int j = s.live_from; j < s.live_to; ++j)
-        row[j] = (q.bad(q_row + i) ? NOT_A_NUMBER : dot(q.at(q_row + i), keys + j * p.k.token)) +
-                 (add ? init.at[i * init.ld + j - s.from] : 0.0f);
+      for (int j = s.live_from; j < s.live_to; ++j) {
+        const float product = q.bad(q_row + i) ? NOT_A_NUMBER : dot(q.at(q_row + i), keys + j * p.k.token);
+        // of a key that is not finite −∞ may be left, which must not hide it
+        row[j] = (std::isfinite(product) ? product : NOT_A_NUMBER) + (add ? init.at[i * init.ld + j - s.from] : 0.0f);
+      }
     }
     finish(b, h, tile, block, s, init);
   }

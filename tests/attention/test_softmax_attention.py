@@ -208,6 +208,14 @@ def test_decoding_skips_hidden_values(backend):
     testing.assert_same(accel.softmax_attention(q, k, v, mask=mask, backend=backend), clean, "out")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_decoding_sees_a_key_that_is_not_finite(backend):
+    """Also one whose product is −∞, which would hide it."""
+    q, k, v = torch.ones(1, 1, 1, 16), torch.ones(1, 1, 40, 16), torch.ones(1, 1, 40, 16)
+    k[:, :, 7, 3] = -math.inf
+    assert accel.softmax_attention(q, k, v, backend=backend).isnan().all()
+
+
 # --- outputs, dropout, memory ---
 
 

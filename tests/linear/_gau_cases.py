@@ -128,6 +128,8 @@ PLAIN = [
     *(case(f"{name}_without_gate", 33, gate=False, activation=name, rows=65, **WHOLE) for name in ACTIVATIONS),
     case("one_of_each", 1, 1, D=8, E=8, B=3),
     case("one_query", 1, 71),
+    case("one_query_of_many_heads", 1, 600, B=1, H=4, Hkv=1, mask=(1, 1, 1, 600), bias=(1, 4, 1, 600)),
+    case("few_queries", 3, 300, causal=True, E=136, activation="laplace", dropout_p=0.2),
     case("one_key", 37, 1, activation="silu"),
     case("prime", 61, 59, H=3, D=24, E=40),
     case("tile_edges", 65, 257, B=1, D=32),
@@ -211,6 +213,7 @@ EXACT = [
     case("exact", 37, 70, change=integers, scale=0.5, family="exact", dtypes=FP32),
     case("exact_causal_520", 131, E=520, B=1, change=integers, scale=0.5, causal=True, family="exact", dtypes=FP32),
     case("exact_gqa", 33, 41, H=4, Hkv=2, change=integers, scale=1.0, window=(9, 5), family="exact", dtypes=FP32),
+    case("exact_few", 2, 301, E=520, B=1, change=integers, scale=0.5, causal=True, family="exact", dtypes=FP32),
     case("exact_bias", 37, 70, bias=(2, 1, 37, 70), change=one_step_each, family="exact"),
     case("exact_toeplitz", 37, rows=73, change=one_row_of_the_table, family="exact", **WHOLE),
 ]

@@ -242,6 +242,8 @@ LEAKS = {
     "causal": (41, 41, {"causal": True}),
     "window": (41, 70, {"window": (5, 3), "activation": "laplace"}),
     "padding": (23, 70, {"mask": torch.arange(70).view(1, 1, 1, -1) < torch.tensor([33, 70]).view(2, 1, 1, 1)}),
+    "few": (3, 70, {"mask": torch.rand(3, 70, generator=torch.Generator().manual_seed(1)) < 0.5}),
+    "few_silu": (2, 70, {"window": (30, 2), "activation": "silu"}),
     "blocks": (44, 44, {"pattern": BlockDiffusion(5), "activation": "softmax"}),
 }
 

@@ -5,6 +5,8 @@
 
 namespace accel::ACCEL_ISA::gau {
 
+constexpr int FEW_ROWS = 4;  // of a task: decoding, where packing keys and values would cost more than the products
+
 template <typename T>
 class Forward {
  public:
@@ -36,12 +38,13 @@ class Forward {
 
   void chunk(int64_t b, int64_t kv, int64_t index) {
     const int64_t first = p.chunk_edges[index], end = p.chunk_edges[index + 1];
-    int low = int(p.keys), high = 0;
+    int low = int(p.keys), high = 0, rows = 0;
     q.forget();
     spoiled.forget();
     for (int64_t n = first; n < end; ++n) {
       const Tile& tile = tile_of(b, n);
       const int64_t row = (n - first) * p.tile_rows;
+      rows += tile.count;
       for (int i = 0; i < tile.count; ++i) {
         q.pack(row + i, row_of<T>(p.q, b, head_of(kv, n), tile.query + i), logits.factor());
         out.clear(row + i);
@@ -49,8 +52,15 @@ class Forward {
       for (int i = 0; i < 2; ++i)
         if (tile.first[i] < tile.end[i]) low = std::min(low, tile.first[i]), high = std::max(high, tile.end[i]);
     }
-    for (int64_t at = low; at < high; at += BLOCK_KEYS)
-      block(b, kv, first, end, at, int(std::min<int64_t>(BLOCK_KEYS, p.keys - at)));
+    for (int64_t at = low; at < high; at += BLOCK_KEYS) {
+      const int count = int(std::min<int64_t>(BLOCK_KEYS, p.keys - at));
+      if (rows <= FEW_ROWS) {
+        for (int64_t n = first; n < end; ++n)
+          step_few(b, kv, head_of(kv, n), tile_of(b, n), (n - first) * p.tile_rows, at, meet(tile_of(b, n), at, count));
+      } else {
+        block(b, kv, first, end, at, count);
+      }
+    }
     for (int64_t n = first; n < end; ++n) finish(b, head_of(kv, n), tile_of(b, n), (n - first) * p.tile_rows);
   }
 
@@ -94,6 +104,36 @@ class Forward {
         for (int j = s.live_from; j < s.live_to; ++j)
           if (bad_values.bad(j) && logits.x[int64_t(i) * logits.ld + j] != NEG_INF)
             spoiled.mark((n - first) * p.tile_rows + i);
+    }
+  }
+
+  // Keys and values read where they lie; a value that is not seen is not touched.
+  void step_few(int64_t b, int64_t kv, int64_t h, const Tile& tile, int64_t row, int64_t keys, const Span& s) {
+    if (s.empty()) return;
+    logits.x = weights + row * logits.ld;
+    logits.template compute_few<T>(q, row, kv, b, h, tile, keys, s);
+    seen.assign(size_t(tile.count) * BLOCK_KEYS, 0);
+    for (int i = 0; i < tile.count; ++i)
+      for (int j = s.live_from; j < s.live_to; ++j)
+        seen[size_t(i) * BLOCK_KEYS + size_t(j)] = logits.x[int64_t(i) * logits.ld + j] != NEG_INF;
+    weigh_tile(b, h, tile, keys, s);
+    for (int i = 0; i < tile.count; ++i) {
+      float* made = out.at(row + i);
+      vf check{};
+      float rest = 0.0f;
+      for (int j = s.live_from; j < s.live_to; ++j) {
+        if (!seen[size_t(i) * BLOCK_KEYS + size_t(j)]) continue;
+        const T* value = row_of<T>(p.v, b, kv, keys + j);
+        const float weight = logits.x[int64_t(i) * logits.ld + j];
+        int e = 0;
+        for (; e + W <= p.value_dim; e += W) {
+          const vf x = load(value + e);
+          check += x * 0.0f;
+          store(made + e, load(made + e) + x * weight);
+        }
+        for (; e < p.value_dim; ++e) rest += to_float(value[e]) * 0.0f, made[e] += to_float(value[e]) * weight;
+      }
+      if (!(sum_lanes(check)[0] + rest == 0.0f)) spoiled.mark(row + i);
     }
   }
 
@@ -149,6 +189,7 @@ class Forward {
   Rows<> out;
   Marks bad_values, spoiled;  // keys of the block; rows that see such
   std::vector<Span> spans;
+  std::vector<char> seen;  // of a few rows
 };
 
 }  // namespace accel::ACCEL_ISA::gau
