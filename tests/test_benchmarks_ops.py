@@ -17,6 +17,7 @@ from accel.benchmarks import (
     deform_attention2d,
     harness,
     linear_attention,
+    linear_attention_step,
     ms_deform_attn,
     ps_roi_align,
     ps_roi_pool,
@@ -237,3 +238,19 @@ def test_goals_of_linear_attention_by_the_machine() -> None:
     even, wide = linear_attention._bounds(False), linear_attention._bounds(True)
     assert all(wide[key] > bound for key, bound in even.items())
     assert {goal.rival for goal in linear_attention.GOALS} == {"eager", "loop", "compile"}
+
+
+def test_the_rival_of_a_token_computes_the_same() -> None:
+    case = linear_attention_step._case(linear_attention_step.Shape(2, 3, 8, None), torch.float32)
+    for row in rows_of(case):
+        assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
+    inputs = case.inputs(torch.Generator().manual_seed(1))
+    before = inputs[3].clone()
+    for provider in case.providers:
+        provider.build()(*inputs)
+        torch.testing.assert_close(inputs[3], before, rtol=1e-6, atol=1e-6)  # so that every call computes the same
+
+
+def test_what_a_token_costs() -> None:
+    shape = linear_attention_step.Shape(2, 3, 8, None)
+    assert shape.cost(4) == Cost(2 * 2 * 6 * 64, 2 * 6 * 64 * 4 + 4 * 6 * 8 * 4)
