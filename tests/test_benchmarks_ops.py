@@ -16,6 +16,8 @@ from accel.benchmarks import (
     _choice,
     deform_attention2d,
     harness,
+    linear_attention,
+    linear_attention_step,
     ms_deform_attn,
     ps_roi_align,
     ps_roi_pool,
@@ -204,3 +206,51 @@ def test_the_cost_of_boxes_counts_pixels_with_a_weight() -> None:
     whole = torch.ones(9, _boxes.BINS, 30), torch.ones(9, _boxes.BINS)
     cost = _boxes.costs(lambda low, high, size: (torch.ones(9, 7, size), whole[1]), HEAD, "cpu", 4, ["forward"])
     assert cost == {"forward": Cost(2 * 9 * 49 * 30 * 31 * 2, (2 * 30 * 31 + 9) * 98 * 4)}
+
+
+# --- linear attention ---
+
+
+@pytest.mark.parametrize("shape", linear_attention.CPU, ids=lambda shape: shape.group)
+def test_the_rivals_of_linear_attention_compute_the_same(shape: linear_attention.Shape) -> None:
+    small = dataclasses.replace(shape, tokens=320, heads=2, size=8)
+    case = linear_attention._case(small, "cpu", torch.float32, harness.MODES)
+    case = dataclasses.replace(case, providers=tuple([p for p in case.providers if p.name != "compile"]))
+    rows = list(rows_of(case))
+    assert {row.provider for row in rows} == {p.name for p in case.providers}
+    for row in rows:
+        assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
+    inputs = [x.double() for x in case.inputs(torch.Generator().manual_seed(1))]
+    decay = linear_attention.slopes(small, inputs[0])
+    expected = accel.linear_attention(*inputs, log_decay=decay, **small.how(), backend="reference")
+    torch.testing.assert_close(case.reference(*inputs), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_what_linear_attention_costs() -> None:
+    found = linear_attention.costs(linear_attention.Shape("causal", "", 10, 2, 3, 4), 4, harness.MODES)
+    state = 2 * 2 * 3 * 10 * 4 * 4  # one product of each token with a state, in FLOPs
+    assert found["forward"] == Cost(2 * state, 4 * 2 * 3 * 10 * 4 * 4)
+    assert found["backward"] == Cost(6 * state, 7 * 2 * 3 * 10 * 4 * 4)
+    assert found["forward+backward"] == Cost(8 * state, 11 * 2 * 3 * 10 * 4 * 4)
+
+
+def test_goals_of_linear_attention_by_the_machine() -> None:
+    even, wide = linear_attention._bounds(False), linear_attention._bounds(True)
+    assert all(wide[key] > bound for key, bound in even.items())
+    assert {goal.rival for goal in linear_attention.GOALS} == {"eager", "loop", "compile"}
+
+
+def test_the_rival_of_a_token_computes_the_same() -> None:
+    case = linear_attention_step._case(linear_attention_step.Shape(2, 3, 8, None), torch.float32)
+    for row in rows_of(case):
+        assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
+    inputs = case.inputs(torch.Generator().manual_seed(1))
+    before = inputs[3].clone()
+    for provider in case.providers:
+        provider.build()(*inputs)
+        torch.testing.assert_close(inputs[3], before, rtol=1e-6, atol=1e-6)  # so that every call computes the same
+
+
+def test_what_a_token_costs() -> None:
+    shape = linear_attention_step.Shape(2, 3, 8, None)
+    assert shape.cost(4) == Cost(2 * 2 * 6 * 64, 2 * 6 * 64 * 4 + 4 * 6 * 8 * 4)
