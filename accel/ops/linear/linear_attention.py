@@ -385,6 +385,9 @@ OP = dispatch.register(
         function=linear_attention,
         prepare=_prepare,
         example=_example,
-        backends=(dispatch.Backend("reference", lambda args: None, reference),),
+        backends=(
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), backends.KERNEL_DTYPES),
+            dispatch.Backend("reference", lambda args: None, reference),
+        ),
     )
 )
