@@ -2,21 +2,21 @@
 
 The output and the gradients of q, k and v are one sum, by different tensors:
 
-    o_i = Σ_j D_ij (x_i · y_j + c) u_j,    D_ij the decay between both tokens
+    o_i = Σ_j D_ij f (x_i · y_j + c) u_j,    D_ij the decay between both tokens
 
 ========  =====  =====  =====  =====================================================================
 mode      x      y      u      c
 ========  =====  =====  =====  =====================================================================
 out       φ(q)   φ(k)   v      none, but the sum without u, the denominator, is made too
-grad_q    g      v      φ(k)   that of row i: −(output · upstream gradient) / denominator
+grad_q    g      v      φ(k)   that of row i: −(output · upstream gradient)
 grad_k    v      g      φ(q)   that of column j, the same
 grad_v    φ(k)   φ(q)   g      none
 ========  =====  =====  =====  =====================================================================
 
-g is the upstream gradient over the denominator. Where the order is causal, the columns of the first two are before the
-row, those of the others after it: these visit the tokens backwards. A **state** is what the columns so far sum up to,
-Σ yᵀ u beside one vector (Σ y for the denominator, Σ c u for gradients), flat in memory as ``R·V + Z`` numbers: R the
-size of x and y, V of u, Z of the vector.
+g is the upstream gradient, and f the scale over the denominator of the query. Where the order is causal, the columns of
+the first two are before the row, those of the others after it: these visit the tokens backwards. A **state** is what
+the columns so far sum up to, Σ yᵀ u beside one vector (Σ y for the denominator, Σ f c u or Σ u for gradients), flat in
+memory as ``R·V + Z`` numbers: R the size of x and y, V of u, Z of the vector.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Pointers(NamedTuple):
     cu_rows: Tensor | None  # (N + 1,)
     cu_columns: Tensor | None
     decay: Tensor | None  # (Hs,), or (2, B, Hs, T) where it is one for each token: see decay_kernel
-    factor: Tensor | None  # (B, H, T): what the upstream gradient of a row is multiplied by
-    constant: Tensor | None  # (B, H, T): c
+    factor: Tensor | None  # (B, H, T): f of a query
+    constant: Tensor | None  # (B, H, T): c of a query
     init: Tensor | None  # states to start from
     states: Tensor | None  # states at the end
     totals: Tensor | None  # the logarithm of what they decay a former state by
@@ -91,6 +91,7 @@ class Config:
     dot: tl.dtype
     drop: int  # trailing bits of fp32 that operands of a product are rounded to be without
     precision: str
+    fine: bool  # see sweep.py
 
     @property
     def reverse(self) -> bool:

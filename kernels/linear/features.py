@@ -52,15 +52,21 @@ def operand(x, CONFIG: tl.constexpr):
 
 
 @triton.jit
+def remainder(x, rounded, CONFIG: tl.constexpr):
+    """What an operand lacks of ``x``, as a second operand."""
+    return operand(x - rounded.to(tl.float32), CONFIG)
+
+
+@triton.jit
 def load_tile(
     ptr, t, seen, step, first, factor,
     KIND: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """``(tokens, BLOCK)`` from channel ``first`` on, as an operand, and whether a token held what is not finite, which
-    is 0 in the operand, as is what is not seen.
+    """``(tokens, BLOCK)`` from channel ``first`` on, as an operand and in fp32, and whether a token held what is not
+    finite. Such a token is 0 in both, as is what is not seen.
 
-    KIND: "feature" of q or k, "value", or "gradient", which is multiplied by a factor for each token; there a factor of
-    NaN says that the token is not finite, and one of 0 that it is not to be looked at.
+    KIND: "feature" of q or k, "value", or "gradient": there a factor of NaN says that the token is not finite, and one
+    of 0 that it is not to be looked at.
     """
     d = first + tl.arange(0, BLOCK)
     inside = seen[:, None] & (d < SIZE)[None, :]
@@ -68,11 +74,11 @@ def load_tile(
     x = tl.load(ptr + at, mask=inside, other=0.0).to(tl.float32)
     if KIND == "gradient":
         bad = factor != factor
-        x = tl.where((bad | (factor == 0.0))[:, None], 0.0, x * factor[:, None])
+        x = tl.where((bad | (factor == 0.0))[:, None], 0.0, x)
     else:
         if KIND == "feature":
             x = tl.where(inside, feature(x, CONFIG.features), 0.0)
-        good = is_finite(x)
-        x = tl.where(good, x, 0.0)
-        bad = tl.max(tl.where(good, 0, 1), 1) > 0
-    return operand(x, CONFIG), bad
+        bad = tl.max(tl.where(is_finite(x), 0, 1), 1) > 0
+        # by token: what depends on a reduction is not computed again by each warp, in the layout of an operand
+        x = tl.where(bad[:, None], 0.0, x)
+    return operand(x, CONFIG), x, bad

@@ -7,7 +7,7 @@ rows. Nothing of size T × T is stored, and states only where there are parts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,9 @@ def _sum(
         "grad_k": (args.v, grad, args.q),
         "grad_v": (args.k, args.q, grad),
     }[mode]
-    assert x is not None and y is not None and u is not None
+    assert x is not None
+    assert y is not None
+    assert u is not None
     reverse = mode in ("grad_k", "grad_v")
     raw = {"grad_q": args.q, "grad_k": args.k}.get(mode)
     if args.features == "identity" and not dots:
@@ -167,6 +169,7 @@ def _sum(
             chunk=tile.chunk,
             unit=call.unit,
             **_dot(args.q.dtype),
+            fine=dots and args.q.dtype != torch.float32,
         )
 
     plan = config(True, True)
@@ -478,7 +481,9 @@ def _over_groups(x: Tensor, heads: int) -> Tensor:
 def _decay_launch_of_gradient(plan: _Backward, args: Args, cu: Tensor | None) -> tuple[Tensor, Launch]:
     """``(B, Hs, T)`` fp32, or ``(N, Hs)`` that is summed over sequences; after the sums were made."""
     decay, queries, keys = args.decay, plan.sums[0].dots, plan.sums[1].dots
-    assert decay is not None and queries is not None and keys is not None
+    assert decay is not None
+    assert queries is not None
+    assert keys is not None
     token = _kind_of_decay(args) == "token"
     shape = decay.shape if token else (args.sequences, decay.shape[1])
     grad = decay.new_zeros(shape)
@@ -625,10 +630,9 @@ def _cases(
     den = empty(*out.shape[:3]) if normalize else empty(0)
     for n, step in enumerate(plan.launches):
         yield step.case(f"{name} forward {n}")
-    final = (
-        (empty(sequences, heads, d, e), empty(sequences, heads, d) if normalize else None) if state else (None, None)
-    )
-    back = _backward_plan(out, *final, out, den, args, [True] * 3)
+    grad_kv = empty(sequences, heads, d, e) if state else None
+    grad_k_sum = empty(sequences, heads, d) if state and normalize else None
+    back = _backward_plan(out, grad_kv, grad_k_sum, out, den, args, [True] * 3)
     for n, step in enumerate(back.launches):
         yield step.case(f"{name} backward {n}")
     if decay:

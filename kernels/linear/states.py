@@ -110,7 +110,7 @@ def factors_kernel(
     factor_ptr, constant_ptr, grad_ptr, out_ptr, den_ptr, grad_b, grad_h, grad_t, out_b, out_h, out_t, heads, rows,
     batches, numbers, UNIT: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What each row's upstream gradient is multiplied by, and −(output · gradient) of the row times that.
+    """What each row's upstream gradient is to be multiplied by, and −(output · gradient) of the row.
 
     The factor is 0 where the row's output is not finite, which has no gradient, and NaN where the gradient is not.
     """
@@ -130,10 +130,10 @@ def factors_kernel(
     if den_ptr is not None:
         den = tl.load(den_ptr + place, mask=t < rows, other=0.0)
         factor = tl.where(den == 0.0, 0.0, factor / tl.where(den == 0.0, 1.0, den))
-    constant = -tl.sum(out * grad, 1) * factor
+    constant = -tl.sum(out * grad, 1)
     seen = tl.max(tl.where(is_finite(out), 0, 1), 1) == 0
-    bad = tl.max(tl.where(is_finite(grad * factor[:, None]), 0, 1), 1) > 0
-    bad = (bad | (constant != constant)) & (factor != 0.0)
+    bad = tl.max(tl.where(is_finite(grad), 0, 1), 1) > 0
+    bad = (bad | (is_finite(constant) == 0)) & (factor != 0.0)
     factor = tl.where(seen, tl.where(bad, float("nan"), factor), 0.0)
     tl.store(factor_ptr + place, factor, mask=t < rows)
     if constant_ptr is not None:

@@ -6,6 +6,10 @@ state, which stays in registers in fp32. Decay enters as differences of sums tha
 two exponentials, one of them of a positive number, would overflow.
 
 Where the order is not causal, one launch sums up all columns and another computes the rows.
+
+The gradient of decay is a running sum, over all tokens, of what gradients of q give less what those of k give: the same
+numbers in another order, which all but cancel. Where it is asked for, pairs and states are **fine** if operands are
+rounded: each is two, the rounded number and what it lacks. Upstream gradients and values are exact as they are.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import triton
 import triton.language as tl
 
 from accel.kernels.linear.arguments import FAR, LAUNCH_INTS
-from accel.kernels.linear.features import feature, is_finite, load_tile, operand, slope
+from accel.kernels.linear.features import feature, is_finite, load_tile, operand, remainder, slope
 
 FLOOR = -128.0
 """Decay below it is that: exp(−128) is 0 in fp32, and nothing beside it is lost from a sum."""
@@ -223,9 +227,11 @@ def sweep_kernel(
                 row_decay = decay.to_end
                 column_decay = decay.from_start
 
+        if MODE != "out":  # it enters in fp32 after the products, whose operands are exact then
+            weight = tl.where(factor == factor, factor, 0.0)
         if CONFIG.columns:
-            y, y_bad = load_tile(y_ptr, t, column_seen, y_t * UNIT, 0, factor, KINDS[1], R, BLOCK_R, CONFIG)
-            u, u_bad = load_tile(u_ptr, t, column_seen, u_t * UNIT, v0, factor, KINDS[2], V, BLOCK_V, CONFIG)
+            y, _y_wide, y_bad = load_tile(y_ptr, t, column_seen, y_t * UNIT, 0, factor, KINDS[1], R, BLOCK_R, CONFIG)
+            u, u_wide, u_bad = load_tile(u_ptr, t, column_seen, u_t * UNIT, v0, factor, KINDS[2], V, BLOCK_V, CONFIG)
             if MODE != "grad_q":
                 if MODE == "out":
                     bad = y_bad | u_bad
@@ -239,8 +245,12 @@ def sweep_kernel(
                 first = tl.minimum(first, tl.min(tl.where(bad & inside, place, _FAR), 0))
 
         if CONFIG.rows:
-            x, x_bad = load_tile(x_ptr, t, row_seen, x_t * UNIT, 0, factor, KINDS[0], R, BLOCK_R, CONFIG)
+            x, _x_wide, x_bad = load_tile(x_ptr, t, row_seen, x_t * UNIT, 0, factor, KINDS[0], R, BLOCK_R, CONFIG)
+            if CONFIG.columns:
+                state_in = operand(state, CONFIG)
             o = tl.dot(x, state_in, input_precision=CONFIG.precision)
+            if CONFIG.fine:
+                o = tl.dot(x, remainder(state, state_in, CONFIG), o, input_precision=CONFIG.precision)
             if Z > 0:
                 if MODE == "out":
                     den = tl.sum(x.to(tl.float32) * z[None, :], 1)
@@ -265,10 +275,17 @@ def sweep_kernel(
                     ordered = t[:, None] >= t[None, :]
                 if CONFIG.decay != "":
                     w *= between(decay, t, t, ordered, REVERSE, CONFIG)
+                if REVERSE:
+                    w *= weight[None, :]
                 w = tl.where(ordered, w, 0.0)
+                pairs = operand(w, CONFIG)
                 if MODE == "out" and Z > 0:
-                    den += tl.sum(w, 1)
-                o = tl.dot(operand(w, CONFIG), u, o, input_precision=CONFIG.precision)
+                    den += tl.sum(pairs.to(tl.float32), 1)  # of those that are used: a row of one key gives its value
+                o = tl.dot(pairs, u, o, input_precision=CONFIG.precision)
+                if CONFIG.fine:
+                    o = tl.dot(remainder(w, pairs, CONFIG), u, o, input_precision=CONFIG.precision)
+                    if CONFIG.features != "identity":
+                        o = tl.dot(pairs, remainder(u_wide, u, CONFIG), o, input_precision=CONFIG.precision)
             if MODE == "out":
                 o *= numbers.scale
                 if Z > 0:
@@ -277,6 +294,7 @@ def sweep_kernel(
                     o = tl.where(nothing[:, None], 0.0, o / tl.where(nothing, 1.0, den)[:, None])
                     tl.store(pointers.den + by_row + t, den, mask=inside & (tile == 0))
             if MODE == "grad_q":
+                o *= weight[:, None]
                 lost = x_bad
             else:
                 if CAUSAL:
@@ -289,7 +307,7 @@ def sweep_kernel(
                 if MODE == "out":
                     lost = lost | x_bad
             inside_v = inside[:, None] & in_v[None, :]
-            if MODE == "grad_q" or MODE == "grad_k":
+            if MODE == "grad_q" or MODE == "grad_k":  # noqa: SIM102  both sides of "and" are compiled
                 if pointers.raw is not None:
                     seen_v = row_seen[:, None] & in_v[None, :]
                     raw_at = t.to(tl.int64)[:, None] * (raw_t * UNIT) + v[None, :]
@@ -297,9 +315,8 @@ def sweep_kernel(
                     found = feature(raw, CONFIG.features)
                     good = is_finite(found) & seen_v
                     if pointers.dots is not None:
-                        found = operand(tl.where(good, found, 0.0), CONFIG).to(tl.float32)
                         dots_at = (tile * batches).to(tl.int64) * heads * rows + by_row + t
-                        tl.store(pointers.dots + dots_at, tl.sum(found * o, 1), mask=inside)
+                        tl.store(pointers.dots + dots_at, tl.sum(tl.where(good, found * o, 0.0), 1), mask=inside)
                     o = tl.where(good, o * slope(raw, CONFIG.features), 0.0)
             o = tl.where(lost[:, None], float("nan"), o)
             if BY_KEYS:
@@ -308,24 +325,27 @@ def sweep_kernel(
             tl.store(o_ptr + o_at, o.to(pointers.o.dtype.element_ty), mask=inside_v)
 
         if CONFIG.columns:
-            added = u
+            weighed = u_wide
+            if REVERSE:
+                weighed *= weight[:, None]
             if CONFIG.decay != "":
-                added = operand(u.to(tl.float32) * column_decay[:, None], CONFIG)
+                weighed *= column_decay[:, None]
+            added = operand(weighed, CONFIG)
             state = tl.dot(tl.trans(y), added, state * shrink, input_precision=CONFIG.precision)
-            if CONFIG.rows:
-                state_in = operand(state, CONFIG)
+            if CONFIG.fine:
+                more = remainder(weighed, added, CONFIG)
+                state = tl.dot(tl.trans(y), more, state, input_precision=CONFIG.precision)
             if Z > 0:
                 if MODE == "out":
                     weighed = y.to(tl.float32)
-                    by_column = tl.full((C,), 1.0, tl.float32)
+                    if CONFIG.decay != "":
+                        weighed *= column_decay[:, None]
                 else:
-                    weighed = u.to(tl.float32)
-                    by_column = tl.full((C,), 1.0, tl.float32)
+                    if not CONFIG.fine:
+                        weighed = added.to(tl.float32)  # as it is in the state
                     if MODE == "grad_k":
-                        by_column = constant
-                if CONFIG.decay != "":
-                    by_column = by_column * column_decay
-                z = z * shrink + tl.sum(weighed * by_column[:, None], 0)
+                        weighed *= constant[:, None]
+                z = z * shrink + tl.sum(weighed, 0)
 
     if pointers.states is not None:
         if pointers.totals is None:  # else the first token that is not finite is not known yet
