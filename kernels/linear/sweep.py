@@ -51,13 +51,11 @@ def bounds(cu_ptr, n, tokens):
 
 
 class Decay(NamedTuple):
-    """That of a chunk: from its start to each token, from each to its end, the logarithm of all, and the sums."""
+    """That of a chunk: from its start to each token, from each to its end, and the logarithm of all."""
 
     from_start: Any
     to_end: Any
     total: Any
-    high: Any
-    low: Any
 
 
 @triton.jit
@@ -67,7 +65,6 @@ def decay_of(pointers, t, inside, t0, count, at, plane, CONFIG: tl.constexpr):
         each = tl.load(pointers.decay + at)
         each = tl.where(each < _FLOOR, _FLOOR, each)
         high = (t - t0 + 1).to(tl.float32) * each
-        low = tl.full(t.shape, 0.0, tl.float32) + each
         total = count.to(tl.float32) * each
         rest = (t0 + count - 1 - t).to(tl.float32) * each
     else:
@@ -78,16 +75,21 @@ def decay_of(pointers, t, inside, t0, count, at, plane, CONFIG: tl.constexpr):
         total = end_high + end_low
         rest = (end_high - high) + (end_low - low)
     from_start = tl.where(inside, tl.exp(high), 0.0)
-    return Decay(from_start, tl.where(inside, tl.exp(rest), 0.0), total, high, low)
+    return Decay(from_start, tl.where(inside, tl.exp(rest), 0.0), total)
 
 
 @triton.jit
-def between(decay, i, j, ordered, REVERSE: tl.constexpr, CONFIG: tl.constexpr):
-    """The decay between rows i and columns j where they are in order, else something."""
+def between(pointers, t, inside, ordered, at, plane, REVERSE: tl.constexpr, CONFIG: tl.constexpr):
+    """The decay between rows and columns where they are in order, else something."""
     if CONFIG.decay == "head":
-        along = (i[:, None] - j[None, :]).to(tl.float32) * decay.low[:, None]
+        each = tl.load(pointers.decay + at)
+        each = tl.where(each < _FLOOR, _FLOOR, each)
+        along = (t[:, None] - t[None, :]).to(tl.float32) * each
     else:
-        along = (decay.high[:, None] - decay.high[None, :]) + (decay.low[:, None] - decay.low[None, :])
+        t = t + tl.program_id(1)  # 0: unknown to the compiler, which would keep the numbers since the chunk's beginning
+        high = tl.load(pointers.decay + at + t, mask=inside, other=0.0)
+        low = tl.load(pointers.decay + plane + at + t, mask=inside, other=0.0)
+        along = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     if REVERSE:
         along = -along
     return tl.exp(tl.where(ordered, along, 0.0))
@@ -214,7 +216,6 @@ def sweep_kernel(
             else:
                 factor = tl.zeros((C,), tl.float32)
                 constant = factor
-        decay = None
         shrink = 1.0
         if CONFIG.decay != "":
             count = tl.minimum(stop - t0, C)
@@ -226,12 +227,55 @@ def sweep_kernel(
             if REVERSE:
                 row_decay = decay.to_end
                 column_decay = decay.from_start
-
         if MODE != "out":  # it enters in fp32 after the products, whose operands are exact then
             weight = tl.where(factor == factor, factor, 0.0)
+        # in the order in which registers hold it all: x and y, their pairs, then u and what it is multiplied with
+        if CONFIG.rows:
+            x, _, x_bad = load_tile(x_ptr, t, row_seen, x_t * UNIT, 0, factor, KINDS[0], R, BLOCK_R, CONFIG)
+            if MODE == "out" and Z > 0:
+                den = tl.sum(x.to(tl.float32) * z[None, :], 1)
+                if CONFIG.decay != "":
+                    den *= row_decay
         if CONFIG.columns:
-            y, _y_wide, y_bad = load_tile(y_ptr, t, column_seen, y_t * UNIT, 0, factor, KINDS[1], R, BLOCK_R, CONFIG)
+            y, _, y_bad = load_tile(y_ptr, t, column_seen, y_t * UNIT, 0, factor, KINDS[1], R, BLOCK_R, CONFIG)
+            if MODE == "out" and Z > 0:
+                counted = y.to(tl.float32)
+                if CONFIG.decay != "":
+                    counted *= column_decay[:, None]
+                z = z * shrink + tl.sum(counted, 0)
+        if CAUSAL:
+            w = tl.dot(x, tl.trans(y), input_precision=CONFIG.precision)
+            if Z > 0:
+                if MODE == "grad_q":
+                    w += constant[:, None]
+                elif MODE == "grad_k":
+                    w += constant[None, :]
+            if REVERSE:
+                ordered = (t[:, None] <= t[None, :]) & inside[None, :]
+            else:
+                ordered = t[:, None] >= t[None, :]
+            if CONFIG.decay != "":
+                w *= between(pointers, t, inside, ordered, decay_at, plane, REVERSE, CONFIG)
+            if REVERSE:
+                w *= weight[None, :]
+            w = tl.where(ordered, w, 0.0)
+            pairs = operand(w, CONFIG)
+            if CONFIG.fine:
+                more_pairs = remainder(w, pairs, CONFIG)
+            if MODE == "out" and Z > 0:
+                den += tl.sum(pairs.to(tl.float32), 1)  # of those that are used: a row of one key gives its value
+        if CONFIG.columns:
             u, u_wide, u_bad = load_tile(u_ptr, t, column_seen, u_t * UNIT, v0, factor, KINDS[2], V, BLOCK_V, CONFIG)
+            weighed = u.to(tl.float32)
+            if CONFIG.fine:
+                weighed = u_wide
+            if REVERSE:
+                weighed *= weight[:, None]
+            if CONFIG.decay != "":
+                weighed *= column_decay[:, None]
+            added = operand(weighed, CONFIG)
+            if CONFIG.fine:
+                more_added = remainder(weighed, added, CONFIG)
             if MODE != "grad_q":
                 if MODE == "out":
                     bad = y_bad | u_bad
@@ -245,45 +289,22 @@ def sweep_kernel(
                 first = tl.minimum(first, tl.min(tl.where(bad & inside, place, _FAR), 0))
 
         if CONFIG.rows:
-            x, _x_wide, x_bad = load_tile(x_ptr, t, row_seen, x_t * UNIT, 0, factor, KINDS[0], R, BLOCK_R, CONFIG)
             if CONFIG.columns:
                 state_in = operand(state, CONFIG)
             o = tl.dot(x, state_in, input_precision=CONFIG.precision)
             if CONFIG.fine:
                 o = tl.dot(x, remainder(state, state_in, CONFIG), o, input_precision=CONFIG.precision)
             if Z > 0:
-                if MODE == "out":
-                    den = tl.sum(x.to(tl.float32) * z[None, :], 1)
-                elif MODE == "grad_q":
+                if MODE == "grad_q":
                     o += constant[:, None] * z[None, :]
-                else:
+                elif MODE == "grad_k":
                     o += z[None, :]
             if CONFIG.decay != "":
                 o *= row_decay[:, None]
-                if MODE == "out" and Z > 0:
-                    den *= row_decay
             if CAUSAL:
-                w = tl.dot(x, tl.trans(y), input_precision=CONFIG.precision)
-                if Z > 0:
-                    if MODE == "grad_q":
-                        w += constant[:, None]
-                    elif MODE == "grad_k":
-                        w += constant[None, :]
-                if REVERSE:
-                    ordered = (t[:, None] <= t[None, :]) & inside[None, :]
-                else:
-                    ordered = t[:, None] >= t[None, :]
-                if CONFIG.decay != "":
-                    w *= between(decay, t, t, ordered, REVERSE, CONFIG)
-                if REVERSE:
-                    w *= weight[None, :]
-                w = tl.where(ordered, w, 0.0)
-                pairs = operand(w, CONFIG)
-                if MODE == "out" and Z > 0:
-                    den += tl.sum(pairs.to(tl.float32), 1)  # of those that are used: a row of one key gives its value
                 o = tl.dot(pairs, u, o, input_precision=CONFIG.precision)
                 if CONFIG.fine:
-                    o = tl.dot(remainder(w, pairs, CONFIG), u, o, input_precision=CONFIG.precision)
+                    o = tl.dot(more_pairs, u, o, input_precision=CONFIG.precision)
                     if CONFIG.features != "identity":
                         o = tl.dot(pairs, remainder(u_wide, u, CONFIG), o, input_precision=CONFIG.precision)
             if MODE == "out":
@@ -325,26 +346,15 @@ def sweep_kernel(
             tl.store(o_ptr + o_at, o.to(pointers.o.dtype.element_ty), mask=inside_v)
 
         if CONFIG.columns:
-            weighed = u_wide
-            if REVERSE:
-                weighed *= weight[:, None]
-            if CONFIG.decay != "":
-                weighed *= column_decay[:, None]
-            added = operand(weighed, CONFIG)
             state = tl.dot(tl.trans(y), added, state * shrink, input_precision=CONFIG.precision)
             if CONFIG.fine:
-                more = remainder(weighed, added, CONFIG)
-                state = tl.dot(tl.trans(y), more, state, input_precision=CONFIG.precision)
-            if Z > 0:
-                if MODE == "out":
-                    weighed = y.to(tl.float32)
-                    if CONFIG.decay != "":
-                        weighed *= column_decay[:, None]
-                else:
-                    if not CONFIG.fine:
-                        weighed = added.to(tl.float32)  # as it is in the state
-                    if MODE == "grad_k":
-                        weighed *= constant[:, None]
+                state = tl.dot(tl.trans(y), more_added, state, input_precision=CONFIG.precision)
+            if MODE != "out" and Z > 0:
+                weighed = added.to(tl.float32)
+                if CONFIG.fine:
+                    weighed += more_added.to(tl.float32)
+                if MODE == "grad_k":
+                    weighed *= constant[:, None]
                 z = z * shrink + tl.sum(weighed, 0)
 
     if pointers.states is not None:
@@ -354,7 +364,11 @@ def sweep_kernel(
         place = owner * states_parts + part % states_parts
         mine = head % state_group == 0
         states_ptr = pointers.states + place * (R * V + Z)
-        tl.store(states_ptr + state_at, state, mask=in_state & mine)
+        again = tl.program_id(1)  # 0: unknown to the compiler, which would keep the first addresses for this
+        r = again + tl.arange(0, BLOCK_R)
+        v = again + v0 + tl.arange(0, BLOCK_V)
+        in_state = (r < R)[:, None] & (v < V)[None, :] & mine
+        tl.store(states_ptr + (r[:, None] * V + v[None, :]), state, mask=in_state)
         if Z > 0:
             tl.store(states_ptr + R * V + z_at, z, mask=in_z & mine & ((tile == 0) | (MODE != "out")))
         if pointers.totals is not None:
