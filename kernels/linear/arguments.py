@@ -114,23 +114,31 @@ class Tile:
     warps: int
 
 
-# Predicted, not measured: the largest whose registers the compile gate finds to suffice. By the size of x and y, in
-# bf16, in fp16, whose products are made in TF32, and in fp32.
-_TILES: dict[torch.dtype, dict[int, Tile]] = {
+# Predicted, not measured: tiles that the compile gate finds to have registers enough. By the size of x and y, each for
+# what is not fine and for what is. In fp16 products are made in TF32. Before Hopper, warps with less than 16 tokens of a
+# chunk each repeat one another's work.
+_TILES: dict[torch.dtype, dict[int, tuple[Tile, Tile]]] = {
     torch.bfloat16: {
-        64: Tile(64, 64, 8),
-        128: Tile(64, 64, 8),
-        256: Tile(32, 64, 8),
+        64: (Tile(64, 32, 4), Tile(32, 32, 4)),
+        128: (Tile(32, 32, 4), Tile(32, 16, 4)),
+        256: (Tile(16, 16, 4), Tile(16, 16, 4)),
     },
     torch.float16: {
-        64: Tile(64, 32, 4),
-        128: Tile(32, 32, 4),
-        256: Tile(32, 32, 8),
+        64: (Tile(32, 16, 4), Tile(16, 16, 4)),
+        128: (Tile(16, 16, 4), Tile(16, 16, 4)),
+        256: (Tile(16, 16, 8), Tile(16, 16, 8)),
     },
     torch.float32: {
-        64: Tile(32, 32, 8),
-        128: Tile(16, 32, 8),
-        256: Tile(16, 16, 8),
+        64: (Tile(16, 16, 8), Tile(16, 16, 8)),
+        128: (Tile(16, 16, 8), Tile(16, 16, 8)),
+    },
+}
+LARGEST: dict[torch.dtype, int] = {dtype: max(tiles) for dtype, tiles in _TILES.items()}
+"""What D and E may be: in fp32 the products of more do not fit the registers."""
+_ON_HOPPER: dict[torch.dtype, dict[int, tuple[Tile, Tile]]] = {
+    torch.bfloat16: {
+        64: (Tile(64, 64, 8), Tile(32, 64, 8)),
+        128: (Tile(64, 32, 8), Tile(32, 32, 8)),
     },
 }
 
@@ -140,8 +148,11 @@ SEGMENT = 512
 """Tokens of a part at least, where a sequence is cut into parts to make so many programs."""
 
 
-def tile_of(r: int, v: int, dtype: torch.dtype, tokens: int) -> Tile:
-    tile = _TILES[dtype][max(64, block_of(r))]
+def tile_of(r: int, v: int, dtype: torch.dtype, fine: bool, tokens: int, capability: tuple[int, int]) -> Tile:
+    """The tile for x and y of r channels and u of v, of no more tokens than there are."""
+    size = max(64, block_of(r))
+    found = _ON_HOPPER.get(dtype, {}).get(size) if capability[0] == 9 else None
+    tile = (found or _TILES[dtype][size])[fine]
     return Tile(power_of_two(tokens, 16, tile.chunk), power_of_two(v, 16, tile.values), tile.warps)
 
 

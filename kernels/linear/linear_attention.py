@@ -8,7 +8,7 @@ rows. Nothing of size T × T is stored, and states only where there are parts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,16 @@ from accel.kernels._launch import Launch, launch
 from accel.kernels.linear import states as around
 from accel.kernels.linear import sweep
 from accel.kernels.linear.arguments import (
+    LARGEST,
     Config,
     Numbers,
     Pointers,
-    Tile,
     block_of,
     parts_of,
     tile_of,
 )
 from accel.ops.attention.softmax_attention import empty_like_layout
 from accel.ops.linear.linear_attention import Args
-
-LARGEST = 256
 
 
 def why_not(args: Any) -> str | None:
@@ -44,8 +42,9 @@ def why_not(args: Any) -> str | None:
     if reason is not None:
         return reason
     features, values = args.q.shape[3], args.v.shape[3]
-    if max(features, values) > LARGEST:
-        return f"it takes up to {LARGEST} features and values a head, not {features} and {values}"
+    largest = LARGEST.get(args.q.dtype, 0)
+    if largest and max(features, values) > largest:
+        return f"it takes up to {largest} features and values a head in {args.q.dtype}, not {features} and {values}"
     heads = max(args.q.shape[1], args.k.shape[1], args.v.shape[1])
     sequences = args.q.shape[0] if args.cu_q is None else args.cu_q.shape[0] - 1
     tokens = max(args.q.shape[2], args.k.shape[2])
@@ -123,6 +122,7 @@ def _sum(
     o: Tensor,
     init: Tensor | None,
     keep_final: bool,
+    capability: tuple[int, int],
     upstream: _Upstream | None = None,
     dots: bool = False,
 ) -> _Sum:
@@ -147,7 +147,8 @@ def _sum(
     rows, columns = call.tokens[::-1] if reverse else call.tokens
     owners = heads if reverse else args.state_heads  # of states
     r, v = y.shape[3], u.shape[3]
-    tile = _tile(args, mode, columns)
+    fine = dots and args.q.dtype != torch.float32
+    tile = tile_of(r, v, args.q.dtype, fine, columns, capability)
     tiles = triton.cdiv(v, tile.values)
     parts = parts_of(sequences * (heads if args.causal else owners) * tiles, columns)
 
@@ -169,7 +170,7 @@ def _sum(
             chunk=tile.chunk,
             unit=call.unit,
             **_dot(args.q.dtype),
-            fine=dots and args.q.dtype != torch.float32,
+            fine=fine,
         )
 
     plan = config(True, True)
@@ -281,12 +282,6 @@ def _kind_of_decay(args: Args) -> str:
     return "head" if args.decay.shape[0] == args.decay.shape[2] == 1 else "token"
 
 
-def _tile(args: Args, mode: str, tokens: int) -> Tile:
-    d, e = args.q.shape[3], args.v.shape[3]
-    r, v = (d, e) if mode in ("out", "grad_v") else (e, d)
-    return tile_of(r, v, args.q.dtype, tokens)
-
-
 def _decay_launch(call: _Call, chunk: int) -> tuple[Tensor, Launch]:
     args, tokens = call.args, call.tokens[0]
     assert args.decay is not None
@@ -381,11 +376,11 @@ def _results(args: Args, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return made if args.cu_q is None else made.zero_()
 
 
-def _forward_plan(args: Args) -> tuple[Tensor, _Sum]:
+def _forward_plan(args: Args, capability: tuple[int, int]) -> tuple[Tensor, _Sum]:
     q = args.q
     out = _results(args, q, (q.shape[0], args.heads, q.shape[2], args.v.shape[3]))
     init = None if args.kv is None else _flat(args.kv, args.k_sum, False)
-    return out, _sum("out", _call(args, out), out, init, args.return_state)
+    return out, _sum("out", _call(args, out), out, init, args.return_state, capability)
 
 
 def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -393,7 +388,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     given = Args(*args)
     d, e = given.q.shape[3], given.v.shape[3]
     with _launch.device_of(given.q):
-        out, plan = _forward_plan(given)
+        out, plan = _forward_plan(given, _launch.capability(given.q))
         if plan.den is not None and given.cu_q is not None:
             plan.den.zero_()
         for step in plan.launches:
@@ -425,6 +420,7 @@ def _backward_plan(
     den: Tensor,
     args: Args,
     needs: list[bool],
+    capability: tuple[int, int],
 ) -> _Backward:
     q, k, v, heads = args.q, args.k, args.v, args.heads
     grads = []
@@ -440,9 +436,9 @@ def _backward_plan(
     start = None if args.kv is None else _flat(args.kv, args.k_sum, True)
     final = _final_gradient(args, grad_kv, grad_k_sum)
     sums = [
-        _sum("grad_q", call, grads[0], start, by_decay and final is not None, upstream, by_decay),
-        _sum("grad_k", call, grads[1], _of_heads(final, args), needs[2], upstream, by_decay),
-        _sum("grad_v", call, grads[2], _of_heads(grad_kv, args), needs[1], upstream),
+        _sum("grad_q", call, grads[0], start, by_decay and final is not None, capability, upstream, by_decay),
+        _sum("grad_k", call, grads[1], _of_heads(final, args), needs[2], capability, upstream, by_decay),
+        _sum("grad_v", call, grads[2], _of_heads(grad_kv, args), needs[1], capability, upstream),
     ]
     for found in sums:
         launches += found.launches
@@ -522,7 +518,7 @@ def backward(
     args = Args(*fields)
     q, state_heads, d, e = args.q, args.state_heads, args.q.shape[3], args.v.shape[3]
     with _launch.device_of(q):
-        plan = _backward_plan(grad_out, grad_kv, grad_k_sum, out, den, args, needs)
+        plan = _backward_plan(grad_out, grad_kv, grad_k_sum, out, den, args, needs, _launch.capability(q))
         for step in plan.launches:
             step.run()
         grads = [_in_layout_of(x, grad) for x, grad in zip((args.q, args.k, args.v), plan.grads, strict=True)]
@@ -564,16 +560,14 @@ def _calls() -> Iterator[tuple[torch.dtype, tuple[int, int], dict[str, Any]]]:
     everything = {"decay": "token", "mask": True, "state": True}
     for dtype in (bf16, fp16, fp32):
         for size in (64, 128, 256):
-            yield dtype, (size, size), everything
-    for size in (64, 128):
-        yield bf16, (size, size), {}
-        yield bf16, (size, size), {"decay": "head", "normalize": False, "features": "identity"}
-        yield bf16, (size, size), {"causal": False, "features": "relu"}
-    yield bf16, (128, 64), {**everything, "normalize": False, "features": "identity", "shared": True}
-    yield bf16, (64, 64), {**everything, "mask": False, "packed": True, "features": "squared_relu"}
-    yield bf16, (64, 128), {**everything, "parts": True, "features": "exp"}
-    yield bf16, (64, 64), {"causal": False, "state": True, "packed": True, "features": "exp"}
-    yield fp16, (32, 32), {"causal": False, "mask": True, "features": "relu"}
+            if size <= LARGEST[dtype]:
+                yield dtype, (size, size), everything
+    yield bf16, (128, 128), {}
+    yield bf16, (128, 64), {"decay": "head", "normalize": False, "features": "identity", "shared": True}
+    yield bf16, (64, 64), {"decay": "token", "state": True, "packed": True, "features": "squared_relu"}
+    yield bf16, (64, 128), {"decay": "token", "mask": True, "state": True, "parts": True, "features": "exp"}
+    yield bf16, (64, 64), {"causal": False, "mask": True, "state": True, "features": "relu"}
+    yield fp16, (32, 32), {"causal": False, "features": "relu"}
     yield fp32, (32, 32), {"causal": False, "mask": True, "aligned": False}
 
 
@@ -626,14 +620,22 @@ def _cases(
         scale=1.0,
         eps=1e-6,
     )
-    out, plan = _forward_plan(args)
-    den = empty(*out.shape[:3]) if normalize else empty(0)
-    for n, step in enumerate(plan.launches):
-        yield step.case(f"{name} forward {n}")
-    grad_kv = empty(sequences, heads, d, e) if state else None
-    grad_k_sum = empty(sequences, heads, d) if state and normalize else None
-    back = _backward_plan(out, grad_kv, grad_k_sum, out, den, args, [True] * 3)
-    for n, step in enumerate(back.launches):
-        yield step.case(f"{name} backward {n}")
-    if decay:
-        yield _decay_launch_of_gradient(back, args, cu)[1].case(name)
+
+    def of(capability: tuple[int, int]) -> Iterator[_launch.CompileCase]:
+        out, plan = _forward_plan(args, capability)
+        den = empty(*out.shape[:3]) if normalize else empty(0)
+        grad_kv = empty(sequences, heads, d, e) if state else None
+        grad_k_sum = empty(sequences, heads, d) if state and normalize else None
+        back = _backward_plan(out, grad_kv, grad_k_sum, out, den, args, [True] * 3, capability)
+        for way, launches in (("forward", plan.launches), ("backward", back.launches)):
+            for n, step in enumerate(launches):
+                yield step.case(f"{name} {way} {n}")
+        if decay:
+            yield _decay_launch_of_gradient(back, args, cu)[1].case(name)
+
+    old, hopper = list(of((8, 0))), list(of((9, 0)))  # by tiles, a launch more or less
+    if old == hopper:
+        yield from old
+    else:
+        yield from (replace(step, architectures=(80, 100)) for step in old)
+        yield from (replace(step, name=f"{step.name} hopper", architectures=(90,)) for step in hopper)
