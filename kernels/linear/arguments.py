@@ -115,8 +115,8 @@ class Tile:
 
 
 # Predicted, not measured: tiles that the compile gate finds to have registers enough. By the size of x and y, each for
-# what is not fine and for what is. In fp16 products are made in TF32. Before Hopper, warps with less than 16 tokens of a
-# chunk each repeat one another's work.
+# what is not fine and for what is. In fp16 products are made in TF32. Before Hopper, warps with less than 16 tokens of
+# a chunk each repeat one another's work.
 _TILES: dict[torch.dtype, dict[int, tuple[Tile, Tile]]] = {
     torch.bfloat16: {
         64: (Tile(64, 32, 4), Tile(32, 32, 4)),

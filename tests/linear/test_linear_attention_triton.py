@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from _linear_cases import BEHAVIOUR, CASES, EXACT, by_name, cumulative
+from _linear_cases import BEHAVIOUR, CASES, EXACT, by_name, case, cumulative
 from _triton_checks import DEVICE, params
 
 import accel
@@ -25,6 +25,7 @@ from accel.kernels.linear import linear_attention as kernels
 from accel.ops.linear.linear_attention import Args, _prepare, reference
 from accel.testing import assert_close
 
+SLOW = [] if DEVICE == "cuda" else [pytest.mark.slow]
 FP32, HALVES = torch.float32, (torch.bfloat16, torch.float16)
 
 
@@ -42,25 +43,30 @@ QUICK = {
     "causal": "float32",
     "cross": "bfloat16",
     "state_decay": "bfloat16",
-    "steep_decay": "float32",
     "packed_cross_state": "float32",
     "masked_causal": "float16",
-    "mamba_heads": "float32",
-    "gqa_of_few_keys": "float16",
     "exact_17": "float32",
-    "exact_64": "float32",
 }
 CHECKED = [some for given in CASES for some in in_halves(given)]
+SMALL = case("small", 5, B=2, H=(1, 1, 1), D=8, causal=True, dtypes=(FP32,))
 
 
-@pytest.mark.parametrize("check", params(accel.linear_attention, [*CHECKED, *EXACT], BEHAVIOUR, QUICK))
+@pytest.mark.parametrize("check", params(accel.linear_attention, [*CHECKED, *EXACT], [SMALL, *BEHAVIOUR], QUICK))
 def test_op(check: Any) -> None:
     check()
 
 
 # --- sequences in parts ---
 
-PARTS = ("causal", "state_decay", "packed_state", "token_decay", "packed_cross_state", "gqa_of_few_keys", "heavy_decay")
+PARTS = (
+    "causal_65",
+    "state_decay",
+    "packed_state",
+    "token_decay",
+    "packed_cross_state",
+    "gqa_of_few_keys",
+    "heavy_decay",
+)
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("many_parts")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "state_decay" else pytest.mark.slow) for n in PARTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "causal_65" else SLOW) for n in PARTS])
 def test_parts(name: str) -> None:
     testing.check_values(accel.linear_attention, by_name(name), "triton", FP32, DEVICE)
 
@@ -87,9 +93,9 @@ def drawn(tokens: int, heads: int = 2, size: int = 16, batch: int = 1) -> dict[s
     return {**{n: x.to(DEVICE) for n, x in given.items()}, "initial_state": tuple(x.to(DEVICE) for x in state)}
 
 
-@pytest.mark.parametrize("rule", ["decay", "sum", pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True], ids=["batch", "packed"])
-@pytest.mark.parametrize("what", [pytest.param("out", marks=pytest.mark.slow), "state", "both"])
+@pytest.mark.parametrize("rule", ["decay", *(pytest.param(rule, marks=SLOW) for rule in ("sum", "all"))])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=SLOW), True], ids=["batch", "packed"])
+@pytest.mark.parametrize("what", [*(pytest.param(what, marks=SLOW) for what in ("out", "state")), "both"])
 def test_gradients_of_states(what: str, rule: str, packed: bool) -> None:
     """Through the initial state, and from the final one, of a call that gives both."""
     given = drawn(70, heads=4)
@@ -141,8 +147,8 @@ def prepared(tokens: int = 40, size: int = WIDE, **options: Any) -> Args:
     return _prepare(q, k, v, **options)
 
 
-@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [math.nan, pytest.param(math.inf, marks=SLOW)])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=SLOW) for name in "qk"), "v"])
 @pytest.mark.parametrize("rule", [{"causal": True}, {}], ids=["causal", "all"])
 def test_not_finite(name: str, bad: float, rule: dict[str, Any]) -> None:
     """It makes the rows and the state that see it NaN, in all channels, and leaves the bits of the others."""
@@ -157,8 +163,7 @@ def test_not_finite(name: str, bad: float, rule: dict[str, Any]) -> None:
 
 
 @pytest.mark.usefixtures("many_parts")
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in "kv"])
 def test_not_finite_in_parts(name: str) -> None:
     args = prepared(tokens=150, causal=True, return_state=True)
     getattr(args, name)[0, 1, 101, 3] = math.nan
@@ -167,7 +172,7 @@ def test_not_finite_in_parts(name: str) -> None:
         assert torch.equal(got.isnan(), want.isnan())
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "grad_out"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=SLOW) for name in "qv"), "k", "grad_out"])
 def test_gradients_of_the_others_stay_finite(name: str) -> None:
     """Two sequences that do not see each other: NaN in the second leaves the gradients of the first as they are."""
     decay = torch.full((1, 2, 40), -0.1, device=DEVICE)
@@ -186,7 +191,7 @@ def test_gradients_of_the_others_stay_finite(name: str) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=SLOW) for name in "qv"), "k"])
 def test_rows_that_are_nan_give_no_gradient(name: str) -> None:
     """As in the definition, whose output they are not part of."""
     args = prepared(size=16, causal=True, feature_map="elu1")
