@@ -7,7 +7,8 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,12 @@ def flash_mix(
 
     Follows Hua et al., Transformer Quality in Linear Time (2022).
     """
-    quad = {"quad_scale": quad_scale, "bias_table": bias_table, "bias_index": bias_index, "dropout_p": dropout_p}
+    quad: dict[str, Any] = {
+        "quad_scale": quad_scale,
+        "bias_table": bias_table,
+        "bias_index": bias_index,
+        "dropout_p": dropout_p,
+    }
     out, state = mix(
         functools.partial(gau_attention, backend=backend),
         *(quad_q, quad_k, lin_q, lin_k, v, gate, chunk_size, causal, activation, lin_scale, key_mask, cu_seqlens),
@@ -179,7 +185,8 @@ def _check(
             raise ValueError(f"initial_state must be float32 {wanted}, got {state.dtype} {tuple(state.shape)}")
 
 
-class _Call(NamedTuple):
+@dataclass(frozen=True)
+class _Call:
     attend: Callable[..., Tensor]
     chunk_size: int
     causal: bool

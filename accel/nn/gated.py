@@ -304,7 +304,9 @@ class FLASH(_Gated):
         """``(B, T, embed_dim)`` to the same; ``key_mask (B, T)`` boolean, True where a token takes part as a key."""
         gate, v, (quad_q, lin_q, quad_k, lin_k), _ = self._inputs(x, None, 0)
         dropout = self.dropout if self.training else 0.0
-        mixed = flash_mix(quad_q, quad_k, lin_q, lin_k, v, gate, key_mask=key_mask, dropout_p=dropout, **self._rules())
+        mixed: Any = flash_mix(
+            quad_q, quad_k, lin_q, lin_k, v, gate, key_mask=key_mask, dropout_p=dropout, **self._rules()
+        )
         return self._outputs(mixed, x)
 
     def step(self, x: Tensor, state: FlashState | None = None) -> tuple[Tensor, FlashState]:

@@ -153,7 +153,14 @@ def _why_not_cpu(args: Args) -> str | None:
     return backends.why_not_cpu(args)
 
 
-_cpu_forward, _cpu_backward = backends.native("linear_attention")
+_cpu_forward, _native_backward = backends.native("linear_attention")
+
+
+def _cpu_backward(grad_out: Any, grad_kv: Any, grad_k_sum: Any, out: Tensor, *rest: Any) -> Any:
+    """The kernel sums up again what a rounded output would give inexactly."""
+    return _native_backward(grad_out, grad_kv, grad_k_sum, *rest)
+
+
 _triton = backends.triton(__name__)
 
 
@@ -267,7 +274,7 @@ _run = library.differentiable(
     always=3,
     outputs=["out", "kv", "k_sum", "den"],  # den: the denominators with eps, empty where nothing is normalized
     differentiable_outputs=3,
-    keep_outputs=["den"],
+    keep_outputs=["out", "den"],
     fake=_fake,
     flops=_flops,
     backward_fake=_backward_fake,
@@ -381,6 +388,7 @@ OP = dispatch.register(
         example=_example,
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )
