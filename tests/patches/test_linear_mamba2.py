@@ -209,20 +209,23 @@ def token(dtype=torch.float32):
 
 
 @pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", backends("linear_attention_step"))
-def test_a_token_computes_the_same(backend, dtype, family):
-    for left_out in ((), ("D", "z"), ("dt_bias",)):
-        given, mine = [{n: x for n, x in token(dtype).items() if n not in left_out} for _ in range(2)]
-        function = getattr(home(family), UPDATE)
-        expected = function(**given)
-        with accel.patch_functions() as report, accel.use(backend=backend):
-            found = getattr(home(family), UPDATE)(**mine)
-            asked = row(report, family, UPDATE)
-            assert (asked.calls, asked.fallbacks, asked.backend) == (1, {}, backend)
-        assert found.dtype == expected.dtype
-        assert_close(found, expected.double(), "linear", dtype)
-        assert_close(mine["state"], given["state"].double(), "linear", dtype)
+def test_a_token_computes_the_same(backend, family):
+    """With all there is and without what may be left out, whose states go on apart."""
+    kinds = [(dtype, out) for dtype in (torch.float32, torch.bfloat16) for out in ((), ("D", "z"), ("dt_bias",))]
+    given, mine = [
+        [{n: x for n, x in token(dtype).items() if n not in left_out} for dtype, left_out in kinds] for _ in range(2)
+    ]
+    original = getattr(home(family), UPDATE)
+    expected = [original(**kind) for kind in given]
+    with accel.patch_functions() as report, accel.use(backend=backend):
+        found = [getattr(home(family), UPDATE)(**kind) for kind in mine]
+        asked = row(report, family, UPDATE)
+        assert (asked.calls, asked.fallbacks, asked.backend) == (len(kinds), {}, backend)
+    for (dtype, _), own, theirs, a, b in zip(kinds, mine, given, found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert_close(a, b.double(), "linear", dtype)
+        assert_close(own["state"], theirs["state"].double(), "linear", dtype)
 
 
 def test_tokens_of_another_kind_go_to_the_original():
