@@ -393,7 +393,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             plan.den.zero_()
         for step in plan.launches:
             step.run()
-        kv = k_sum = den = out.new_empty(0, dtype=torch.float32)
+        kv, k_sum, den = (out.new_empty(0, dtype=torch.float32) for _ in range(3))
         if given.return_state:
             assert plan.final is not None
             kv = plan.final[..., : d * e].unflatten(-1, (d, e)).contiguous()
@@ -522,7 +522,7 @@ def backward(
         for step in plan.launches:
             step.run()
         grads = [_in_layout_of(x, grad) for x, grad in zip((args.q, args.k, args.v), plan.grads, strict=True)]
-        decay = kv = k_sum = out.new_empty(0, dtype=torch.float32)
+        decay, kv, k_sum = (out.new_empty(0, dtype=torch.float32) for _ in range(3))
         if args.decay is not None and needs[0]:
             decay, step = _decay_launch_of_gradient(plan, args, _call(args).cu_q)
             step.run()
