@@ -517,6 +517,8 @@ def backward(
     *fields, needs = rest
     args = Args(*fields)
     q, state_heads, d, e = args.q, args.state_heads, args.q.shape[3], args.v.shape[3]
+    if not args.return_state:  # compiled code sends gradients of empty states
+        grad_kv = grad_k_sum = None
     with _launch.device_of(q):
         plan = _backward_plan(grad_out, grad_kv, grad_k_sum, out, den, args, needs, _launch.capability(q))
         for step in plan.launches:
