@@ -121,12 +121,12 @@ _TILES: dict[torch.dtype, dict[int, tuple[Tile, Tile]]] = {
     torch.bfloat16: {
         64: (Tile(64, 32, 4), Tile(32, 32, 4)),
         128: (Tile(32, 32, 4), Tile(32, 16, 4)),
-        256: (Tile(16, 16, 4), Tile(16, 16, 4)),
+        256: (Tile(16, 16, 4), Tile(16, 16, 8)),
     },
     torch.float16: {
         64: (Tile(32, 16, 4), Tile(16, 16, 4)),
         128: (Tile(16, 16, 4), Tile(16, 16, 4)),
-        256: (Tile(16, 16, 8), Tile(16, 16, 8)),
+        256: (Tile(16, 16, 4), Tile(16, 16, 8)),
     },
     torch.float32: {
         64: (Tile(16, 16, 8), Tile(16, 16, 8)),

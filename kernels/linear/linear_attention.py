@@ -393,7 +393,7 @@ def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             plan.den.zero_()
         for step in plan.launches:
             step.run()
-        kv = k_sum = den = out.new_empty(0, dtype=torch.float32)
+        kv, k_sum, den = (out.new_empty(0, dtype=torch.float32) for _ in range(3))
         if given.return_state:
             assert plan.final is not None
             kv = plan.final[..., : d * e].unflatten(-1, (d, e)).contiguous()
@@ -517,12 +517,14 @@ def backward(
     *fields, needs = rest
     args = Args(*fields)
     q, state_heads, d, e = args.q, args.state_heads, args.q.shape[3], args.v.shape[3]
+    if not args.return_state:  # compiled code sends gradients of empty states
+        grad_kv = grad_k_sum = None
     with _launch.device_of(q):
         plan = _backward_plan(grad_out, grad_kv, grad_k_sum, out, den, args, needs, _launch.capability(q))
         for step in plan.launches:
             step.run()
         grads = [_in_layout_of(x, grad) for x, grad in zip((args.q, args.k, args.v), plan.grads, strict=True)]
-        decay = kv = k_sum = out.new_empty(0, dtype=torch.float32)
+        decay, kv, k_sum = (out.new_empty(0, dtype=torch.float32) for _ in range(3))
         if args.decay is not None and needs[0]:
             decay, step = _decay_launch_of_gradient(plan, args, _call(args).cu_q)
             step.run()
