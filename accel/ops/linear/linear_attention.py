@@ -153,14 +153,7 @@ def _why_not_cpu(args: Args) -> str | None:
     return backends.why_not_cpu(args)
 
 
-_cpu_forward, _native_backward = backends.native("linear_attention")
-
-
-def _cpu_backward(grad_out: Any, grad_kv: Any, grad_k_sum: Any, out: Tensor, *rest: Any) -> Any:
-    """The kernel sums up again what a rounded output would give inexactly."""
-    return _native_backward(grad_out, grad_kv, grad_k_sum, *rest)
-
-
+_cpu_forward, _cpu_backward = backends.native("linear_attention")
 _triton = backends.triton(__name__)
 
 

@@ -1,6 +1,6 @@
 // Backward. With g = dy / den and c = −g · (Σ w v) / den (or g = dy, c = 0), P_ij = g_i · v_j + c_i is the gradient of a
-// weight, and of the state S that a row sees that of g_i. The sum in c is made again: from a rounded output it would not
-// do for rows of little weight, whose 1 / den is large. One pass from the first token to the last gives the gradients
+// weight, and of the state S that a row sees that of g_i. In half precision the sum in c is made again: from a rounded output
+// it would not do for rows of little weight, whose 1 / den is large. One pass from the first token to the last gives the gradients
 // of queries, one from the last to the first those of keys and values.
 #pragma once
 
@@ -100,6 +100,8 @@ class Backward {
   }
 
  private:
+  static constexpr bool AGAIN = !std::is_same_v<T, float>;
+
   static int64_t last_chunk(const Segment& s) {
     return s.to > s.from ? s.from + (s.to - s.from - 1) / CHUNK * CHUNK : s.from - 1;
   }
@@ -153,7 +155,7 @@ class Backward {
       if (p.causal) {
         tile.load_keys(s.batch, hs, t, count);
         transpose(tile.v.at(0), tile.v.ld, v_t, tile.ld, vectors(count), tile.v.padded);
-        if (p.normalize) transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        if (AGAIN && p.normalize) transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
         spoilt = std::min(spoilt, tile.first_bad_key());
       }
       for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs, hs * tile.group + n, t, count, spoilt);
@@ -189,7 +191,7 @@ class Backward {
     if (tile.decay.any()) tile.scale_rows(rows, tile.decay.from_start, count);
     if (p.causal) tile.lower(g, v_t, of_weights, count);
     if (p.normalize) {
-      find_c(rows, (batch * p.heads + h) * p.queries + t, count);
+      find_c(batch, h, t, rows, count);
       for (int i = 0; i < count; ++i) {
         const float mul = tile.decay.any() ? c[i] * tile.decay.from_start[i] : c[i];
         for (int d = 0; d < rows.padded; d += W) store(rows.at(i) + d, load(rows.at(i) + d) + load(state_t.sum + d) * mul);
@@ -214,7 +216,17 @@ class Backward {
   }
 
   // c of a chunk whose g · v stand in of_weights, and to whose features g gives `rows` by way of the state.
-  void find_c(const Rows& rows, int64_t row, int count) {
+  void find_c(int64_t batch, int64_t h, int64_t t, const Rows& rows, int count) {
+    const int64_t row = (batch * p.heads + h) * p.queries + t;
+    if (!AGAIN) {
+      for (int i = 0; i < count; ++i) {
+        load_row(row_of<T>(p.out, batch, h, t + i), y, p.values, g.padded);
+        c[i] = -tile.dot(g.at(i), y, g.padded);
+        if (!std::isfinite(c[i])) g.spoil(i), c[i] = 0.0f;
+        b.by_sum[row + i] = bad(i) ? NOT_A_NUMBER : c[i];
+      }
+      return;
+    }
     if (p.causal) {
       tile.lower(tile.q, k_t, tile.weights, count);
       tile.decayed(tile.weights, count, nullptr, [](int, float) {});
@@ -330,6 +342,7 @@ class Backward {
   Tile<T> tile;
   Rows g, early_q, of_keys, of_values;
   float c[CHUNK];
+  float y[512];
   State state_t, grad;
   Buffer grad_t, k_t, v_t, of_weights;
 };

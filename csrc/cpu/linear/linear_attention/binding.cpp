@@ -226,8 +226,8 @@ Tensor decay_gradient(const Call& call, const Tensor& decay, const std::vector<d
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    OptionalTensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, Tensor den, Tensor q, Tensor k,
-    Tensor v, OptionalTensor decay, OptionalTensor kv, OptionalTensor k_sum, OptionalTensor key_mask,
+    OptionalTensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, Tensor out, Tensor den, Tensor q,
+    Tensor k, Tensor v, OptionalTensor decay, OptionalTensor kv, OptionalTensor k_sum, OptionalTensor key_mask,
     OptionalTensor cu_q, OptionalTensor cu_k, std::string features, bool causal, bool normalize, bool,
     double scale, double eps, Bools needs) {
   Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, scale, eps);
@@ -236,6 +236,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Params& p = call.p;
   const int64_t n = p.sequences, hs = p.state_heads, F = p.features, E = p.values;
   const int64_t slots = int64_t(call.query_segments.size());
+  STD_TORCH_CHECK(out.size(1) == p.heads && out.size(2) == p.queries && out.size(3) == E, "out does not fit");
+  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type(), "out must have the dtype of q");
+  p.out = strided(out, "out", p.heads);
   if (normalize) check_f32(den, "den", p.batch * p.heads * p.queries);
   p.den = normalize ? const_cast<float*>(static_cast<const float*>(den.const_data_ptr())) : nullptr;
   make_states(call, q);
@@ -312,7 +315,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(accel_native, m) {
       "key_mask, Tensor? cu_q, Tensor? cu_k, str features, bool causal, bool normalize, bool return_state, float "
       "scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_attention_backward(Tensor? grad_out, Tensor? grad_kv, Tensor? grad_k_sum, Tensor den, "
+      "linear_attention_backward(Tensor? grad_out, Tensor? grad_kv, Tensor? grad_k_sum, Tensor out, Tensor den, "
       "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? kv, Tensor? k_sum, Tensor? key_mask, Tensor? cu_q, "
       "Tensor? cu_k, str features, bool causal, bool normalize, bool return_state, float scale, float eps, bool[] "
       "needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
