@@ -90,7 +90,7 @@ def differentiable(
     forward_op = register(
         f"{name}_forward",
         f"({layout.forward_arguments()}) -> {_tensors(len(outputs))}",
-        lambda *given: dispatch.OPS[name].backend(given[-1]).forward(*given[:-1]),
+        lambda *given: _of_their_own(dispatch.OPS[name].backend(given[-1]).forward(*given[:-1])),
         lambda *given: fake(args(*given[:-1])),
         lambda *given: flops(args(*given[:-1])),
     )
@@ -128,6 +128,13 @@ def differentiable(
         return forward_op(*given, chosen.name)  # torch.compile cannot trace autograd where nothing requires a gradient
 
     return run
+
+
+def _of_their_own(made: Any) -> Any:
+    """Outputs that are no views of what a backend allocated for them: autograd refuses to change a view in place."""
+    if isinstance(made, Tensor):
+        return torch.ops.aten._unsafe_view.default(made, made.shape) if made._is_view() else made
+    return tuple([_of_their_own(x) for x in made])
 
 
 # --- what follows from the declaration: schemas, and where what stands among the arguments of the two ops ---

@@ -149,6 +149,11 @@ def _turned(x: Tensor) -> Tensor:
     return x.permute(turned).contiguous().permute(turned)
 
 
+def _tokens_first(x: Tensor) -> Tensor:
+    """The values of ``x`` with its second and third axis exchanged in memory, as a projection leaves heads."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 3 else x
+
+
 def check_strides(function: Callable[..., Any], case: Case, backend: str, device: str = "cpu") -> None:
     """Values count, not their layout: inputs and upstream gradient in any strides give the same bits."""
     tensors, kwargs, grad_out = prepared(function, case, torch.float32, device)
@@ -368,6 +373,20 @@ def check_changed_output(function: Callable[..., Any], case: Case, backend: str,
     def computed(backend: str | None = None, **given: Tensor) -> Any:
         return function(**given, **kwargs, backend=backend) * 2.0 + 1.0
 
+    for layout in (lambda x: x, _tokens_first):  # of which some outputs begin as views
+        moved = {n: layout(t) if t.is_floating_point() else t for n, t in tensors.items()}
+        _check_changed(computed, changed, function, case, moved, backend, grad_out)
+
+
+def _check_changed(
+    computed: Callable[..., Any],
+    changed: Callable[..., Any],
+    function: Callable[..., Any],
+    case: Case,
+    tensors: dict[str, Tensor],
+    backend: str,
+    grad_out: Tensor,
+) -> None:
     want = run(computed, tensors, {}, backend, grad_out=grad_out)
     got: list[Run] = []
     error = _error(lambda: got.append(run(changed, tensors, {}, backend, grad_out=grad_out)))
