@@ -52,41 +52,9 @@ class Backward {
 
   // From these the gradient of the state where each run ends; without order, that of the state of all keys.
   void join(int64_t from, int64_t to) {
-    for (int64_t task = from; task < to; ++task) {
-      const int64_t n = task / p.state_heads, hs = task % p.state_heads, size = tile.size;
-      const int64_t first = p.first_query_segment[n], end = p.first_query_segment[n + 1];
-      std::vector<float> now(size_t(size), 0.0f);
-      const float *kv = kv_of(p, b.grad_kv, n, hs), *k_sum = sum_of(p, b.grad_k_sum, n, hs);
-      if (kv) std::copy_n(kv, size - p.features, now.data());
-      if (k_sum) std::copy_n(k_sum, p.features, now.data() + size - p.features);
-      bool lost = false;
-      for (int64_t slot = end - 1; slot >= first; --slot) {
-        float* at = slot_of(p, b.grad_states, slot, hs);
-        char& flag = b.grad_states.lost[slot * p.state_heads + hs];
-        if (p.causal) {
-          const float shrink = decay_over(p, hs, p.query_segments[slot]);
-          const bool needed = slot > first;
-          for (int64_t i = 0; i < size; ++i) {
-            const float ends = now[size_t(i)];
-            if (needed) now[size_t(i)] = ends * shrink + at[i];
-            at[i] = ends;
-          }
-          const bool added = needed && flag;
-          flag = lost;
-          lost |= added;
-        } else {
-          for (int64_t i = 0; i < size; ++i) now[size_t(i)] += at[i];
-          lost |= bool(flag);
-        }
-      }
-      if (p.causal) continue;
-      std::copy_n(now.data(), size, slot_of(p, b.grad_states, first, hs));
-      b.grad_states.lost[first * p.state_heads + hs] = lost;
-      if (lost) std::fill(now.begin(), now.end(), NOT_A_NUMBER);
-      float *kv_out = kv_of(p, b.grad_initial_kv, n, hs), *sum_out = sum_of(p, b.grad_initial_k_sum, n, hs);
-      if (kv_out) std::copy_n(now.data(), size - p.features, kv_out);
-      if (sum_out) std::copy_n(now.data() + size - p.features, p.features, sum_out);
-    }
+    const Ends ends{b.grad_kv, b.grad_k_sum, b.grad_initial_kv, b.grad_initial_k_sum};
+    for (int64_t task = from; task < to; ++task)
+      join_runs(p, p.query_segments, p.first_query_segment, b.grad_states, ends, task, true);
   }
 
   void queries(int64_t from, int64_t to) {

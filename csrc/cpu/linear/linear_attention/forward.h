@@ -33,40 +33,9 @@ class Forward {
 
   // From what runs add to the state where each begins; without order, the state of all keys.
   void join(int64_t from, int64_t to) {
-    for (int64_t task = from; task < to; ++task) {
-      const int64_t n = task / p.state_heads, hs = task % p.state_heads, size = tile.size;
-      const int64_t first = p.first_key_segment[n], end = p.first_key_segment[n + 1];
-      std::vector<float> now(size_t(size), 0.0f);
-      const float *kv = kv_of(p, p.kv, n, hs), *k_sum = sum_of(p, p.k_sum, n, hs);
-      if (kv) std::copy_n(kv, size - p.features, now.data());
-      if (k_sum) std::copy_n(k_sum, p.features, now.data() + size - p.features);
-      bool lost = false;
-      for (int64_t slot = first; slot < end; ++slot) {
-        float* at = slot_of(p, p.states, slot, hs);
-        char& flag = p.states.lost[slot * p.state_heads + hs];
-        if (p.causal) {
-          const float shrink = decay_over(p, hs, p.key_segments[slot]);
-          const bool last = slot + 1 == end;
-          for (int64_t i = 0; i < size; ++i) {
-            const float begins = now[size_t(i)];
-            if (!last) now[size_t(i)] = begins * shrink + at[i];
-            at[i] = begins;
-          }
-          const bool added = !last && flag;
-          flag = lost;
-          lost |= added;
-        } else {
-          for (int64_t i = 0; i < size; ++i) now[size_t(i)] += at[i];
-          lost |= bool(flag);
-        }
-      }
-      if (p.causal) continue;
-      std::copy_n(now.data(), size, slot_of(p, p.states, first, hs));
-      p.states.lost[first * p.state_heads + hs] = lost;
-      if (lost) std::fill(now.begin(), now.end(), NOT_A_NUMBER);
-      if (p.kv_out) std::copy_n(now.data(), size - p.features, kv_of(p, p.kv_out, n, hs));
-      if (p.k_sum_out) std::copy_n(now.data() + size - p.features, p.features, sum_of(p, p.k_sum_out, n, hs));
-    }
+    const Ends ends{p.kv, p.k_sum, p.kv_out, p.k_sum_out};
+    for (int64_t task = from; task < to; ++task)
+      join_runs(p, p.key_segments, p.first_key_segment, p.states, ends, task, false);
   }
 
   void run(int64_t from, int64_t to) {

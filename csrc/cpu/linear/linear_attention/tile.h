@@ -131,7 +131,6 @@ class Tile {
   explicit Tile(const Params& p)
       : p(p),
         group(p.heads / p.state_heads),
-        size(int64_t(p.features) * p.values + p.features),
         decay(p),
         q(p.features),
         k(p.features),
@@ -255,7 +254,6 @@ class Tile {
 
   const Params& p;
   const int64_t group;  // output heads to a state head
-  const int64_t size;   // of a slot
   Decay decay;
   Rows q, k, v, late_k;
   const int ld;  // of the rows of products
@@ -339,6 +337,49 @@ inline float decay_over(const Params& p, int64_t hs, const Segment& s) {
   const float* decay = p.decay + s.batch * p.decay_batch + hs * p.decay_head;
   for (int64_t t = s.from; t < s.to; ++t) total += double(decay[t * p.decay_token]);
   return float(std::exp(total));
+}
+
+// What the sums of all runs begin with, and where they go; each may be null.
+struct Ends {
+  const float *kv, *k_sum;
+  float *kv_out, *k_sum_out;
+};
+
+// The slots of a sequence and head hold what each run adds. In causal order each gets what the runs before it, or behind
+// it where `backwards`, have added up to; without order the first gets the sum of all, which goes out as well.
+inline void join_runs(const Params& p, const Segment* runs, const int64_t* firsts, const States& states,
+                      const Ends& ends, int64_t task, bool backwards) {
+  const int64_t n = task / p.state_heads, hs = task % p.state_heads, first = firsts[n], count = firsts[n + 1] - first;
+  const int64_t main = int64_t(p.features) * p.values, size = main + p.features;
+  std::vector<float> now(size_t(size), 0.0f);
+  if (const float* kv = kv_of(p, ends.kv, n, hs)) std::copy_n(kv, main, now.data());
+  if (const float* k_sum = sum_of(p, ends.k_sum, n, hs)) std::copy_n(k_sum, p.features, now.data() + main);
+  bool lost = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t slot = backwards ? first + count - 1 - i : first + i;
+    float* at = slot_of(p, states, slot, hs);
+    char& flag = states.lost[slot * p.state_heads + hs];
+    if (!p.causal) {
+      for (int64_t d = 0; d < size; ++d) now[size_t(d)] += at[d];
+      lost |= bool(flag);
+      continue;
+    }
+    const bool needed = i + 1 < count, added = needed && flag;  // the last one's own sum is made again, elsewhere
+    const float shrink = decay_over(p, hs, runs[slot]);
+    for (int64_t d = 0; d < size; ++d) {
+      const float reached = now[size_t(d)];
+      if (needed) now[size_t(d)] = reached * shrink + at[d];
+      at[d] = reached;
+    }
+    flag = lost;
+    lost |= added;
+  }
+  if (p.causal) return;
+  std::copy_n(now.data(), size, slot_of(p, states, first, hs));
+  states.lost[first * p.state_heads + hs] = lost;
+  if (lost) std::fill(now.begin(), now.end(), NOT_A_NUMBER);
+  if (float* out = kv_of(p, ends.kv_out, n, hs)) std::copy_n(now.data(), main, out);
+  if (float* out = sum_of(p, ends.k_sum_out, n, hs)) std::copy_n(now.data() + main, p.features, out);
 }
 
 }  // namespace accel::ACCEL_ISA::linear
