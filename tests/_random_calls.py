@@ -28,10 +28,10 @@ def calls(count: int) -> Any:
     )
 
 
-def cpu_calls(cases: Any) -> Any:
-    """A test of a case, a dtype and a number of threads gets 600 calls."""
+def cpu_calls(cases: Any, count: int = 600) -> Any:
+    """A test of a case, a dtype and a number of threads gets so many calls."""
     drawn = hypothesis.given(cases, st.sampled_from(DTYPES), st.sampled_from([1, 2, 5]))
-    return lambda test: calls(600)(drawn(test))
+    return lambda test: calls(count)(drawn(test))
 
 
 def cuda_calls(*cases: Any) -> Any:

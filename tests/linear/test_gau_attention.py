@@ -20,11 +20,12 @@ from accel.ops.linear.gau_attention import OP
 from accel.ops.linear.gau_strips import ACTIVATIONS, BY_PAIR
 from accel.testing import assert_close, check_op
 
-# in half precision the reference computes as in fp32
+# in half precision the reference and the strips compute as in fp32
 PLAINLY = [dataclasses.replace(c, dtypes=FP32) for c in CASES]
 CHECKS = [
-    *check_op(accel.gau_attention, CASES, BEHAVIOUR, GRADIENTS, BACKENDS[:-1]),
-    *check_op(accel.gau_attention, PLAINLY, BEHAVIOUR, [], BACKENDS[-1:]),
+    *check_op(accel.gau_attention, CASES, BEHAVIOUR, GRADIENTS, BACKENDS[:1]),
+    *check_op(accel.gau_attention, [*CASES[:6], *PLAINLY[6:]], BEHAVIOUR, [], BACKENDS[1:2]),
+    *check_op(accel.gau_attention, PLAINLY, BEHAVIOUR, [], BACKENDS[2:]),
 ]
 
 
@@ -299,8 +300,14 @@ def test_nothing_in_nothing_out(B, H, T, S, activation, backend):
         assert torch.equal(grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:-1])
-@pytest.mark.parametrize("rule", ["toeplitz", "grid", "causal", "softmax_plus"])
+MEMORY = [
+    pytest.param(rule, backend, marks=[pytest.mark.slow] if backend == "torch" and rule != "causal" else [])
+    for rule in ("toeplitz", "grid", "causal", "softmax_plus")
+    for backend in BACKENDS[:-1]
+]
+
+
+@pytest.mark.parametrize(("rule", "backend"), MEMORY)
 def test_memory_is_linear_in_the_tokens(rule, backend):
     from accel.benchmarks._machine import peak_memory
 

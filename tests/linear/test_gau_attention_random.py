@@ -35,6 +35,6 @@ def attentions(draw: Any) -> Case:
     return case(f"{T=}, {S=}, {more}", T, S, **more, scale=0.5, change=integers, family="exact")
 
 
-@cpu_calls(attentions())
+@cpu_calls(attentions(), 200)
 def test_cpu(of: Case, dtype: torch.dtype, threads: int) -> None:
     check_on_cpu(accel.gau_attention, of, dtype, threads)

@@ -42,6 +42,6 @@ def call(draw):
     return case("random", T, S, change=small, **given)
 
 
-@cpu_calls(call())
+@cpu_calls(call(), 200)
 def test_cpu(of, dtype, threads):
     check_on_cpu(accel.linear_attention, of, dtype, threads)

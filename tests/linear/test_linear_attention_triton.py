@@ -42,8 +42,6 @@ def in_halves(given: testing.Case) -> list[testing.Case]:
 QUICK = {
     "causal": "float32",
     "cross": "bfloat16",
-    "state_decay": "bfloat16",
-    "packed_cross_state": "float32",
     "masked_causal": "float16",
     "exact_17": "float32",
 }
@@ -76,7 +74,7 @@ def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("many_parts")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "causal_65" else SLOW) for n in PARTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW) for n in PARTS])
 def test_parts(name: str) -> None:
     testing.check_values(accel.linear_attention, by_name(name), "triton", FP32, DEVICE)
 
