@@ -133,7 +133,8 @@ def differentiable(
 def _of_their_own(made: Any) -> Any:
     """Outputs that are no views of what a backend allocated for them: autograd refuses to change a view in place."""
     if isinstance(made, Tensor):
-        return torch.ops.aten._unsafe_view.default(made, made.shape) if made._is_view() else made
+        own = torch.ops.aten._unsafe_view.default(made, made.shape) if made._is_view() else made
+        return own if own.stride() == made.stride() else made  # an axis of one may have got another
     return tuple([_of_their_own(x) for x in made])
 
 

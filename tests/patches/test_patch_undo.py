@@ -114,7 +114,14 @@ def test_ops_and_recipes_choose():
     assert len(accel.patch(model, ops="window_attention").replaced) == 4
     assert len(accel.patch(model, ops=["window_attention"], recipe=None).replaced) == 4
     assert len(accel.patch(model, recipe="exact").replaced) == 4
-    known = ("deform_conv2d", "ms_deform_attn", "softmax_attention", "window_attention")
+    known = (
+        "deform_conv2d",
+        "gau_attention",
+        "linear_attention",
+        "ms_deform_attn",
+        "softmax_attention",
+        "window_attention",
+    )
     with pytest.raises(ValueError, match="no op is switched on"):
         accel.patch(model, recipe=dict.fromkeys(known, False))
     with pytest.raises(ValueError, match=r"ShiftedWindowAttention .*: window_attention is not switched on"):
