@@ -16,7 +16,7 @@ from torch import Tensor
 from accel import library
 from accel.backends import check_beside, inner_dtype, integer
 from accel.ops.linear.gau_attention import gau_attention
-from accel.ops.pairs import read_packed
+from accel.ops.packed import read_packed
 from accel.ops.rules import BiasIndex, Grid2D
 
 

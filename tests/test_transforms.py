@@ -9,7 +9,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import accel
 from accel import dispatch
-from accel.ops import pairs
+from accel.ops import pairs, tables
 from accel.testing import assert_close
 
 OPS = pytest.mark.parametrize("op", [op for op in dispatch.OPS.values() if op.differentiable], ids=lambda op: op.name)
@@ -126,7 +126,7 @@ def test_nothing_made_inside_a_transform_outlives_it(monkeypatch):
     for how in ({}, {"bias_table": table, "bias_index": index}):
         inside = grad(functools.partial(call, **how))(q)
         assert not pairs._recent
-        assert pairs._index_facts.known((index,)) is None
+        assert tables._index_facts.known((index,)) is None
         leaf = q.clone().requires_grad_()
         call(leaf, **how).backward()
         assert torch.equal(leaf.grad, inside)

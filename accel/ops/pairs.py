@@ -4,65 +4,30 @@ checks of a public call, rules as the tensors kernels read, and the definition o
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from accel import memo
 from accel.backends import check_beside, inner_dtype
+from accel.ops.packed import Packed, read_packed
 from accel.ops.rules import (
     BiasIndex,
     BlockCausal,
     BlockDiffusion,
-    Grid2D,
     Pattern,
     PrefixLM,
     Queries,
-    T5Buckets,
     at_most,
     grid_index,
     key_intervals,
 )
-
-INT32_MAX = 2**31 - 1
-
+from accel.ops.tables import Turn, check_table, distance_bias
 
 _recent = memo.Recent()
-
-
-class _IndexFacts(NamedTuple):
-    low: int
-    high: int
-    line: Tensor | None  # the values along i − j = −(S−1) .. T−1 where nothing else matters
-    small: Tensor | None  # int32, where the index is of another type than the kernels read
-
-
-_index_facts: memo.Facts[_IndexFacts] = memo.Facts()
-
-
-def _along_diagonals(index: Tensor) -> Tensor:
-    """The value on each diagonal of ``(T, S)``, int64, by i − j from −(S−1) on."""
-    return torch.cat([index[0].flip(0), index[1:, 0]]).to(torch.int64)
-
-
-def _as_kernels_read(index: Tensor) -> Tensor:
-    return (index if index.dtype == torch.int64 else index.to(torch.int32)).contiguous()
-
-
-def _read_index(index: Tensor) -> _IndexFacts:
-    """Range and structure of an index."""
-    with torch.inference_mode(False):  # a later call may save it for a backward
-        toeplitz = torch.equal(index[1:, 1:], index[:-1, :-1])
-        low, high = (int(x) for x in torch.aminmax(index))
-        line = _along_diagonals(index) if toeplitz else None
-        other = line is None and not (index.dtype in (torch.int32, torch.int64) and index.is_contiguous())
-        fits = other and low > -INT32_MAX and high < INT32_MAX
-        return _IndexFacts(low, high, line, index.to(torch.int32).contiguous() if fits else None)
 
 
 def broadcast(x: Tensor, name: str, full: Sequence[int]) -> Tensor:
@@ -78,67 +43,6 @@ def broadcast(x: Tensor, name: str, full: Sequence[int]) -> Tensor:
         if x.shape[axis] > 1 and x.stride(axis) == 0:
             x = x.narrow(axis, 0, 1)
     return x
-
-
-class Packed(NamedTuple):
-    """Checked offsets of a packed batch, and bounds of its lengths that need no look at a device."""
-
-    q: Tensor  # int32
-    k: Tensor
-    longest_q: int
-    longest_k: int
-    sequences: int
-    same: bool  # keys are packed as queries are
-    recent: memo.Recent  # tensors made from these offsets
-
-
-def _check_offsets(given: Tensor, name: str, total: int, q: Tensor) -> int:
-    """Check one ``cu_seqlens`` and return the longest sequence, or a bound of it where the values are on a GPU."""
-    if not isinstance(given, Tensor) or given.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {getattr(given, 'dtype', type(given).__name__)}")
-    if given.dim() != 1 or given.numel() < 2:
-        raise ValueError(f"{name} must hold the starts of sequences and the end of the last, got {tuple(given.shape)=}")
-    if given.device != q.device:
-        raise ValueError(f"{name} is on {given.device} but q is on {q.device}")
-    if given.device.type != "cpu" or torch.compiler.is_compiling():
-        return total
-    values = given.tolist()
-    lengths = [b - a for a, b in itertools.pairwise(values)]
-    if values[0] != 0 or values[-1] != total or min(lengths) < 0:
-        shown = values if len(values) <= 12 else [*values[:6], "...", *values[-5:]]
-        raise ValueError(f"{name} must rise from 0 to the {total} packed tokens without falling, got {shown}")
-    return max(lengths)
-
-
-_packed_facts: memo.Facts[Packed] = memo.Facts()
-
-
-def read_packed(cu_q: Tensor | None, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed | None:
-    if cu_q is None:
-        if cu_k is not None:
-            raise ValueError(f"cu_seqlens_k needs cu_seqlens_q, got {tuple(cu_k.shape)=} alone")
-        return None
-    if q.shape[0] != 1:
-        raise ValueError(f"the packed form is (1, H, total, D), got {tuple(q.shape)=}")
-    given = (cu_q,) if cu_k is None else (cu_q, cu_k)
-    if not all([isinstance(x, Tensor) for x in given]):
-        return _read_packed(cu_q, cu_k, q, k)
-    return _packed_facts.get_or_read(given, (q.shape[2], k.shape[2]), lambda: _read_packed(cu_q, cu_k, q, k))
-
-
-def _read_packed(cu_q: Tensor, cu_k: Tensor | None, q: Tensor, k: Tensor) -> Packed:
-    longest_q = _check_offsets(cu_q, "cu_seqlens_q", q.shape[2], q)
-    small = cu_q.to(torch.int32, copy=True)  # what is known of a tensor must not keep it alive
-    if cu_k is None:
-        if q.shape[2] != k.shape[2]:
-            raise ValueError(
-                f"cu_seqlens_k is needed where queries and keys differ in number: {tuple(q.shape)=}, {tuple(k.shape)=}"
-            )
-        return Packed(small, small, longest_q, longest_q, cu_q.numel() - 1, True, memo.Recent())
-    longest_k = _check_offsets(cu_k, "cu_seqlens_k", k.shape[2], q)
-    if cu_k.numel() != cu_q.numel():
-        raise ValueError(f"as many sequences of queries as of keys: {tuple(cu_q.shape)=}, {tuple(cu_k.shape)=}")
-    return Packed(small, cu_k.to(torch.int32, copy=True), longest_q, longest_k, cu_q.numel() - 1, False, memo.Recent())
 
 
 class Rule(NamedTuple):
@@ -197,13 +101,6 @@ def _check_prefix(p: PrefixLM, count: int) -> None:
         raise ValueError(f"the lengths of PrefixLM must be at least 0, got {int(given.min())}")
 
 
-class Turn(NamedTuple):
-    """What a query's place in the line has added, so that key j finds its element at ``place − j``."""
-
-    add: int
-    by_length: bool = False  # and the keys of its sequence less the queries
-
-
 def make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Turn, last: int) -> Tensor:
     """The tensor ``rows`` of :class:`Pairs`; the same one again for the same rule, sizes and offsets."""
     fixed = all([not isinstance(p, PrefixLM) or isinstance(p.lengths, int) for p in rule.patterns])
@@ -242,130 +139,6 @@ def _make_rows(rule: Rule, q: Tensor, keys: int, packed: Packed | None, turn: Tu
         bounds = [torch.where(real, b, 0) for b in bounds]
     shift = where.position + first_key + add
     return torch.stack(torch.broadcast_tensors(*bounds, shift.clamp(0, last)), -1).to(torch.int32).contiguous()
-
-
-def _bucket_rows(rule: T5Buckets, table: Tensor, length: int, keys: int) -> Tensor:
-    """The table's row for each element of a line; the same tensor again for the same rule and sizes."""
-
-    def make() -> Tensor:
-        return rule.rows_of(torch.arange(length, device=table.device) - (keys - 1), table.shape[0])
-
-    if not memo.may_remember(table):
-        return make()
-    return _recent.get_or_make((table.device, rule, table.shape[0], length, keys), make)
-
-
-def distance_bias(
-    table: Tensor | None,
-    index: BiasIndex | None,
-    slopes: Tensor | None,
-    queries: int,
-    keys: int,
-    packed: Packed | None,
-    inner: torch.dtype,
-) -> tuple[Tensor | None, Turn]:
-    """The line, and the turn that a query's place gets in it: ``shift = position + first key + turn``.
-
-    Element m of the line is for query − key = m − (keys − 1), of the longest sequences in packed form; ALiBi counts
-    from the last query beside the last key instead.
-    """
-    long_q, long_k = (queries, keys) if packed is None else (packed.longest_q, packed.longest_k)
-    length = max(1, long_q + long_k - 1)
-    device = table.device if table is not None else slopes.device if slopes is not None else None
-    line = None
-    ragged = packed is not None and not packed.same
-    distance = torch.arange(length, device=device) - (long_k - 1)
-    if table is not None:
-        if isinstance(index, str):
-            row = distance + (table.shape[0] - 1) // 2
-            row = torch.arange(length, device=device) if packed is None else row.clamp(0, table.shape[0] - 1)
-        elif isinstance(index, T5Buckets):
-            row = _bucket_rows(index, table, length, long_k)
-        else:
-            assert isinstance(index, Tensor)
-            row = index
-        line = F.embedding(row, table.to(inner)).t()  # whose backward adds up in a fixed order
-    if slopes is not None:
-        if ragged and line is not None:
-            raise NotImplementedError(
-                "alibi_slopes with bias_table in packed form need queries and keys packed alike: where lengths differ, "
-                "the two count distances from different ends"
-            )
-        if packed is None:
-            distance = distance + (keys - queries)
-        elif ragged:
-            distance = torch.arange(length, device=device) - (long_q - 1)
-        alibi = -slopes.to(inner)[:, None] * distance.abs().to(inner)
-        line = alibi if line is None else line + alibi
-    if packed is None:
-        return line, Turn(keys - 1)
-    if ragged and slopes is not None:
-        return line, Turn(long_q - 1, by_length=True)
-    return line, Turn(long_k - 1)
-
-
-def check_table(
-    table: Tensor | None, index: BiasIndex | None, q: Tensor, keys: int, packed: Packed | None
-) -> tuple[BiasIndex | None, Tensor | None, list[int]]:
-    """Check ``bias_table`` with ``bias_index``: a rule by distance, or ``None`` with an index tensor or a grid."""
-    heads, queries = q.shape[1], q.shape[2]
-    if table is None:
-        if index is not None:
-            raise ValueError(f"bias_index needs bias_table, got {index!r:.80}")
-        return None, None, []
-    check_beside(table, "bias_table", q, "q")
-    if table.dim() != 2 or table.shape[1] != heads or table.shape[0] < 1:
-        raise ValueError(f"bias_table must be (R, {heads}), a column per query head, got {tuple(table.shape)=}")
-    rows = table.shape[0]
-    if isinstance(index, str):
-        if index != "toeplitz":
-            raise ValueError(f"bias_index must be 'toeplitz', a rule or an integer tensor (T, S), got {index!r}")
-        if packed is None and rows != queries + keys - 1:
-            raise ValueError(f"a 'toeplitz' table has T + S − 1 = {queries + keys - 1} rows, got {tuple(table.shape)=}")
-        if packed is not None:
-            if rows % 2 == 0:
-                raise ValueError(f"in packed form a 'toeplitz' table has its middle row at distance 0, got {rows} rows")
-            far = max(packed.longest_q, packed.longest_k) - 1
-            if packed.q.device.type == "cpu" and rows // 2 < far:
-                raise ValueError(f"distances reach {far}, the {rows} rows of bias_table reach {rows // 2}")
-        return index, None, []
-    if isinstance(index, T5Buckets):
-        return index, None, []
-    if isinstance(index, Grid2D):
-        if packed is not None:
-            raise ValueError(f"{index} has one size: give sequences of {index.tokens} tokens as a batch, not packed")
-        if (queries, keys) != (index.tokens, index.tokens) or rows != index.rows:
-            raise ValueError(
-                f"{index} is for T = S = {index.tokens} and a bias_table of {index.rows} rows, "
-                f"got T={queries}, S={keys}, {tuple(table.shape)=}"
-            )
-        return None, None, [index.h, index.w, index.extra]
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        kind = getattr(index, "dtype", type(index).__name__)
-        raise TypeError(f"bias_index must be an integer tensor, 'toeplitz', T5Buckets or Grid2D, got {kind}")
-    if packed is not None:
-        raise ValueError(f"in packed form bias_index is a rule, not a tensor of {tuple(index.shape)}")
-    if tuple(index.shape) != (queries, keys):
-        raise ValueError(f"bias_index must be ({queries}, {keys}), got {tuple(index.shape)=}")
-    if index.device != q.device:
-        raise ValueError(f"bias_index is on {index.device} but q is on {q.device}")
-    if index.numel() == 0 or torch.compiler.is_compiling():
-        return None, _as_kernels_read(index), []
-    captured = memo.capturing(index)
-    facts: _IndexFacts | None
-    if captured:
-        facts = _index_facts.known((index,))
-    else:
-        facts = _index_facts.get_or_read((index,), None, lambda: _read_index(index))
-    if facts is not None and (facts.low < 0 or facts.high >= rows):
-        raise ValueError(f"bias_index reaches from {facts.low} to {facts.high}, bias_table has rows 0 to {rows - 1}")
-    line = None if facts is None else facts.line
-    if captured:  # a graph reads the index at each replay, and outlives tensors that are remembered for it
-        return (None, _as_kernels_read(index), []) if line is None else (_along_diagonals(index), None, [])
-    assert facts is not None
-    if line is not None:
-        return line, None, []
-    return None, index if facts.small is None else facts.small, []
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -483,12 +256,6 @@ def read_pairs(
 ALL = slice(None)
 
 
-def finite(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` with what is not finite set to 0, and whether each row of it held such."""
-    good = torch.isfinite(x)
-    return torch.where(good, x, 0.0), ~good.all(-1)
-
-
 def part(x: Tensor, queries: slice, keys: slice) -> Tensor:
     """Of a tensor that broadcasts to ``(B, Hq, T, S)`` what belongs to some queries and keys."""
     return x[:, :, queries if x.shape[2] > 1 else ALL, keys if x.shape[3] > 1 else ALL]
@@ -532,19 +299,3 @@ def visible(given: Any, keys: int, device: torch.device, i: slice = ALL, j: slic
         ruled = ((key >= first0) & (key < end0)) | ((key >= first1) & (key < end1))
         seen = ruled if seen is None else seen & ruled
     return seen
-
-
-# --- memory ---
-
-
-def empty_like_layout(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for ``(B, H, T, ·)`` of ``shape`` in the order of ``x``: heads inside tokens where x has them so."""
-    b, h, t, d = shape
-    if x.shape[1] > 1 and x.stride(1) < x.stride(2):
-        return x.new_empty((b, t, h, d)).transpose(1, 2)
-    return x.new_empty((b, h, t, d))
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    """``x`` with its last axis contiguous, copied only where it is not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -9,7 +9,7 @@ from _attention_calls import drawn
 from _pairs import random_index, toeplitz_index
 
 from accel import memo
-from accel.ops import pairs
+from accel.ops import tables
 from accel.ops.attention.softmax_attention import OP, reference
 
 
@@ -19,7 +19,7 @@ def capture(monkeypatch):
 
     def begin():
         monkeypatch.setattr(memo, "capturing", lambda x: True)
-        monkeypatch.setattr(pairs, "_read_index", lambda index: pytest.fail("values are read during a capture"))
+        monkeypatch.setattr(tables, "_read_index", lambda index: pytest.fail("values are read during a capture"))
 
     return begin
 
@@ -50,13 +50,13 @@ def test_it_keeps_no_tensor_of_before(capture):
         OP.prepare(**given)
     capture()
     for given in calls:
-        facts = pairs._index_facts.known((given["bias_index"],))
+        facts = tables._index_facts.known((given["bias_index"],))
         assert facts is not None
         args = OP.prepare(**given)
         kept = [x.data_ptr() for x in (facts.small, facts.line) if x is not None]
         assert kept
         assert not {x.data_ptr() for x in (args.bias_index, args.line) if x is not None} & set(kept)
-        assert pairs._index_facts.known((given["bias_index"],)) is facts
+        assert tables._index_facts.known((given["bias_index"],)) is facts
 
 
 def test_what_is_known_to_be_wrong_is_still_refused(capture):

@@ -13,19 +13,18 @@ from torch import Tensor
 from accel import backends, dispatch, library, philox
 from accel.backends import HALF_DTYPES, KERNEL_DTYPES, inner_dtype
 from accel.ops.attention import cudnn, flash_cpu
+from accel.ops.layout import empty_like_layout as empty_like_layout  # the Triton leaf reads it here
+from accel.ops.layout import finite, rows_contiguous
 from accel.ops.pairs import (
-    INT32_MAX,
     add_biases,
     check_numbers,
     check_per_head,
     check_qkv,
-    finite,
     read_pairs,
-    rows_contiguous,
     visible,
 )
-from accel.ops.pairs import empty_like_layout as empty_like_layout  # the Triton leaf reads it here
 from accel.ops.rules import BiasIndex, Pattern
+from accel.ops.tables import INT32_MAX
 
 
 class Args(NamedTuple):

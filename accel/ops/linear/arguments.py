@@ -12,6 +12,11 @@ State = tuple[Tensor, Tensor | None]
 """``(kv, k_sum)``: the sums of φ(k)ᵀ v and of φ(k) that a head has seen."""
 
 
+def to_heads(x: Tensor, heads: int) -> Tensor:
+    """``x`` with each of its heads as often as output heads, or states, read it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_beside(x, name, q if isinstance(q, Tensor) else x, "q")

@@ -12,19 +12,12 @@ from torch import Tensor
 
 from accel import backends, dispatch, library, philox
 from accel.backends import KERNEL_DTYPES, check_beside, inner_dtype
+from accel.ops.layout import empty_like_layout, finite, rows_contiguous
 from accel.ops.linear import gau_strips
 from accel.ops.linear.gau_strips import ACTIVATIONS, BY_ROW
-from accel.ops.pairs import (
-    ALL,
-    INT32_MAX,
-    check_numbers,
-    check_qkv,
-    empty_like_layout,
-    finite,
-    read_pairs,
-    rows_contiguous,
-)
+from accel.ops.pairs import ALL, check_numbers, check_qkv, read_pairs
 from accel.ops.rules import BiasIndex, Pattern
+from accel.ops.tables import INT32_MAX
 
 
 class Args(NamedTuple):

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from accel import philox
 from accel.backends import inner_dtype
-from accel.ops.pairs import ALL, add_biases, empty_like_layout, finite, line_places, part, table_places, visible
+from accel.ops.layout import empty_like_layout, finite
+from accel.ops.pairs import ALL, add_biases, line_places, part, table_places, visible
 
 ROWS = 256
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from accel import backends, dispatch, library
 from accel.backends import KERNEL_DTYPES, inner_dtype
+from accel.ops.layout import empty_like_layout, finite, rows_contiguous
 from accel.ops.linear import feature_maps
-from accel.ops.linear.arguments import State, check_decay, check_heads, check_key_mask, check_state
-from accel.ops.pairs import empty_like_layout, finite, read_packed, rows_contiguous
+from accel.ops.linear.arguments import State, check_decay, check_heads, check_key_mask, check_state, to_heads
+from accel.ops.packed import read_packed
 
 
 class Args(NamedTuple):
@@ -53,10 +54,6 @@ class Args(NamedTuple):
 # --- the definition ---
 
 
-def _to_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
 def _members(offsets: Tensor, tokens: int) -> Tensor:
     """Whether token t is of sequence n, ``(N, 1, tokens, 1)``."""
     at = torch.arange(tokens, device=offsets.device)
@@ -89,9 +86,9 @@ def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         k, v = torch.where(seen, k, 0.0), torch.where(seen, v, 0.0)
     k, bad_k = finite(k)
     v, bad_v = finite(v)
-    bad = _to_heads(bad_k, args.state_heads) | _to_heads(bad_v, args.state_heads)  # (N, Hs, S)
+    bad = to_heads(bad_k, args.state_heads) | to_heads(bad_v, args.state_heads)  # (N, Hs, S)
 
-    weights = args.scale * _to_heads(q, args.heads) @ _to_heads(k, args.heads).transpose(-2, -1)
+    weights = args.scale * to_heads(q, args.heads) @ to_heads(k, args.heads).transpose(-2, -1)
     past = torch.ones(weights.shape[-2:], dtype=torch.bool, device=q.device)
     if args.causal:
         past = past.tril()
@@ -101,34 +98,32 @@ def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         total = decay.double().expand(-1, -1, args.q.shape[2]).cumsum(-1)
         # a token with itself depends on no decay: left out, or rounding would leave it a gradient
         between = torch.where(past.tril(-1), total[..., :, None] - total[..., None, :], 0.0)
-        weights = weights * _to_heads(torch.exp(between).to(inner), args.heads)
+        weights = weights * to_heads(torch.exp(between).to(inner), args.heads)
         from_start, to_end = torch.exp(total).to(inner), torch.exp(total[..., -1:] - total).to(inner)
-    num, den = weights @ _to_heads(v, args.heads), weights.sum(-1)
+    num, den = weights @ to_heads(v, args.heads), weights.sum(-1)
     if args.kv is not None:
         before = args.scale * q
         if from_start is not None:
-            before = _to_heads(before, args.heads) * _to_heads(from_start, args.heads)[..., None]
-        num = num + _to_heads(before, args.heads) @ _to_heads(args.kv.to(inner), args.heads)
+            before = to_heads(before, args.heads) * to_heads(from_start, args.heads)[..., None]
+        num = num + to_heads(before, args.heads) @ to_heads(args.kv.to(inner), args.heads)
         if args.k_sum is not None:
-            den = den + (_to_heads(before, args.heads) * _to_heads(args.k_sum.to(inner), args.heads)[:, :, None]).sum(
-                -1
-            )
+            den = den + (to_heads(before, args.heads) * to_heads(args.k_sum.to(inner), args.heads)[:, :, None]).sum(-1)
     if args.normalize:
         den = den + args.eps
         out = torch.where((den == 0.0)[..., None], 0.0, num / torch.where(den == 0.0, 1.0, den)[..., None])
     else:
         out = num
-    reached = _to_heads((past & bad[..., None, :]).any(-1), args.heads) | _to_heads(bad_q, args.heads)
+    reached = to_heads((past & bad[..., None, :]).any(-1), args.heads) | to_heads(bad_q, args.heads)
     out = torch.where(reached[..., None], math.nan, out)
     out = out.flatten().view(out.shape)  # whose gradient is contiguous: sums must not depend on its strides
     if own is not None:
         out, den = [torch.where(of, x, 0.0).sum(0, keepdim=True) for of, x in ((own, out), (own[..., 0], den))]
     kv = k_sum = out.new_empty(0, dtype=inner)
     if args.return_state:
-        weighed = _to_heads(k, args.state_heads)
+        weighed = to_heads(k, args.state_heads)
         if to_end is not None:
             weighed = weighed * to_end[..., None]
-        kv, k_sum = weighed.transpose(-2, -1) @ _to_heads(v, args.state_heads), weighed.sum(-2)
+        kv, k_sum = weighed.transpose(-2, -1) @ to_heads(v, args.state_heads), weighed.sum(-2)
         if args.kv is not None:
             shrink = 1.0 if from_start is None else from_start[..., -1, None, None]
             kv = kv + shrink * args.kv.to(inner)

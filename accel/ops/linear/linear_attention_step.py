@@ -12,7 +12,7 @@ from torch import Tensor
 from accel import backends, dispatch, library
 from accel.backends import check_beside, inner_dtype
 from accel.ops.linear import feature_maps
-from accel.ops.linear.arguments import State, check_heads
+from accel.ops.linear.arguments import State, check_heads, to_heads
 
 _CODES = {name: code for code, name in enumerate(feature_maps.ELEMENTWISE)}
 """As csrc/cpu/linear/linear_attention/params.h numbers them."""
@@ -40,23 +40,19 @@ class Args(NamedTuple):
 # --- the definition ---
 
 
-def _to_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
 def reference(*given: Any) -> Tensor:
     """The op in plain torch, in the dtype of the state: the output ``(B, H, 1, E)``."""
     args = Args(*given)
     kv, k_sum, heads, inner = args.kv, args.k_sum, args.heads, args.kv.dtype
     feature, state_heads = feature_maps.ELEMENTWISE[args.features], kv.shape[1]
-    q, k = feature(args.q.to(inner)) * args.scale, _to_heads(feature(args.k.to(inner)), state_heads)
+    q, k = feature(args.q.to(inner)) * args.scale, to_heads(feature(args.k.to(inner)), state_heads)
     if args.decay is not None:
         shrink = torch.exp(args.decay).view(-1, state_heads, 1)
         kv.mul_(shrink[..., None])
         if k_sum is not None:
             k_sum.mul_(shrink)
-    kv.addcmul_(k.transpose(-2, -1), _to_heads(args.v.to(inner), state_heads))
-    asked = _to_heads(q, heads).view(q.shape[0], state_heads, heads // state_heads, q.shape[3])
+    kv.addcmul_(k.transpose(-2, -1), to_heads(args.v.to(inner), state_heads))
+    asked = to_heads(q, heads).view(q.shape[0], state_heads, heads // state_heads, q.shape[3])
     out = asked @ kv
     if k_sum is not None:
         k_sum.add_(k[:, :, 0])

@@ -8,13 +8,13 @@
 
 namespace accel::ACCEL_ISA::linear {
 
-template <typename T>
 class Backward {
  public:
   explicit Backward(const BackwardParams& b)
       : b(b),
         p(b.forward),
         tile(p),
+        again(p.dtype != Dtype::f32),
         g(p.values),
         early_q(tile.decay.any() ? p.features : 0),
         of_keys(p.features),
@@ -68,8 +68,6 @@ class Backward {
   }
 
  private:
-  static constexpr bool AGAIN = !std::is_same_v<T, float>;
-
   static int64_t last_chunk(const Segment& s) {
     return s.to > s.from ? s.from + (s.to - s.from - 1) / CHUNK * CHUNK : s.from - 1;
   }
@@ -89,7 +87,7 @@ class Backward {
         g.clear(i);
         continue;
       }
-      g.pack(Identity{}, i, row_of<T>(b.grad_out, batch, h, t + i), inverse_of_den(row));
+      tile.pack(g, i, Map::identity, b.grad_out, batch, h, t + i, inverse_of_den(row));
       if (!p.normalize || !with_c) continue;
       c[i] = b.by_sum[row];
       if (!std::isfinite(c[i])) g.spoil(i), c[i] = 0.0f;
@@ -123,7 +121,7 @@ class Backward {
       if (p.causal) {
         tile.load_keys(s.batch, hs, t, count);
         transpose(tile.v.at(0), tile.v.ld, v_t, tile.ld, vectors(count), tile.v.padded);
-        if (AGAIN && p.normalize) transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        if (again && p.normalize) transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
         spoilt = std::min(spoilt, tile.first_bad_key());
       }
       for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs, hs * tile.group + n, t, count, spoilt);
@@ -178,7 +176,7 @@ class Backward {
       if (b.part_q) {
         store_row(b.part_q + ((batch * p.heads + h) * p.queries + t + i) * p.features, rows.at(i), p.features, mul);
       } else {
-        store_through_map(row_of<T>(b.grad_q, batch, h, t + i), rows.at(i), row_of<T>(p.q, batch, h, t + i), mul);
+        store_through_map(b.grad_q, p.q, batch, h, t + i, rows.at(i), mul);
       }
     }
   }
@@ -186,9 +184,9 @@ class Backward {
   // c of a chunk whose g · v stand in of_weights, and to whose features g gives `rows` by way of the state.
   void find_c(int64_t batch, int64_t h, int64_t t, const Rows& rows, int count) {
     const int64_t row = (batch * p.heads + h) * p.queries + t;
-    if (!AGAIN) {
+    if (!again) {
       for (int i = 0; i < count; ++i) {
-        load_row(row_of<T>(p.out, batch, h, t + i), y, p.values, g.padded);
+        load_row(row_of<float>(p.out, batch, h, t + i), y, p.values, g.padded);
         c[i] = -tile.dot(g.at(i), y, g.padded);
         if (!std::isfinite(c[i])) g.spoil(i), c[i] = 0.0f;
         b.by_sum[row + i] = bad(i) ? NOT_A_NUMBER : c[i];
@@ -210,16 +208,21 @@ class Backward {
     }
   }
 
-  // dst = mul · gradient of a feature · the map's slope at x.
-  void store_through_map(T* dst, float* of_features, const T* x, float mul) const {
-    with_map(p.map, [&](auto map) {
-      int d = 0;
-      for (; d + W <= p.features; d += W) store(dst + d, load(of_features + d) * mul * map.slope(load(x + d)));
-      if (d == p.features) return;
-      float tail[W];
-      load_row(x + d, tail, p.features - d, W);
-      store(tail, load(of_features + d) * mul * map.slope(load(tail)));
-      store_row(dst + d, tail, p.features - d, 1.0f);
+  // A row of `to` = mul · gradient of its features · the map's slope at the same row of `at`.
+  void store_through_map(const Strided& to, const Strided& at, int64_t batch, int64_t h, int64_t t,
+                         const float* of_features, float mul) const {
+    with_type(p.dtype, [&](auto of) {
+      auto* dst = row_of<decltype(of)>(to, batch, h, t);
+      const auto* x = row_of<decltype(of)>(at, batch, h, t);
+      with_map(p.map, [&](auto map) {
+        int d = 0;
+        for (; d + W <= p.features; d += W) store(dst + d, load(of_features + d) * mul * map.slope(load(x + d)));
+        if (d == p.features) return;
+        float tail[W];
+        load_row(x + d, tail, p.features - d, W);
+        store(tail, load(of_features + d) * mul * map.slope(load(tail)));
+        store_row(dst + d, tail, p.features - d, 1.0f);
+      });
     });
   }
 
@@ -280,7 +283,7 @@ class Backward {
       vf sum{};
       for (int j = 0; j < i; j += W) {
         const vf x = load(w + j) * (load(of + j) + c[i]);
-        const vf y = Tile<T>::lanes() + j < i ? x : vf{};
+        const vf y = Tile::lanes() + j < i ? x : vf{};
         store(of_key + j, load(of_key + j) + y);
         sum += y;
       }
@@ -296,18 +299,19 @@ class Backward {
     if (b.part_k) {
       store_row(b.part_k + at * p.features, of_keys.at(j), p.features, mul);
     } else {
-      store_through_map(row_of<T>(b.grad_k, batch, hs, t), of_keys.at(j), row_of<T>(p.k, batch, hs, t), mul);
+      store_through_map(b.grad_k, p.k, batch, hs, t, of_keys.at(j), mul);
     }
     if (b.part_v) {
       store_row(b.part_v + at * p.values, of_values.at(j), p.values, mul);
     } else {
-      store_row(row_of<T>(b.grad_v, batch, hs, t), of_values.at(j), p.values, mul);
+      tile.put(b.grad_v, batch, hs, t, of_values.at(j), p.values, mul);
     }
   }
 
   const BackwardParams& b;
   const Params& p;
-  Tile<T> tile;
+  Tile tile;
+  const bool again;  // the sum in c is made again
   Rows g, early_q, of_keys, of_values;
   float c[CHUNK];
   float y[512];
@@ -316,8 +320,7 @@ class Backward {
 };
 
 // Gradients of the heads that read one head of q (which 0), k (1) or v (2), summed up in their order.
-template <typename T>
-void sum_heads(const BackwardParams& b, int which, int64_t from, int64_t to) {
+inline void sum_heads(const BackwardParams& b, int which, int64_t from, int64_t to) {
   const Params& p = b.forward;
   const Strided& x = which == 0 ? p.q : which == 1 ? p.k : p.v;
   const Strided& grad = which == 0 ? b.grad_q : which == 1 ? b.grad_k : b.grad_v;
@@ -333,12 +336,16 @@ void sum_heads(const BackwardParams& b, int which, int64_t from, int64_t to) {
       const float* at = part + ((batch * readers + head * x.share + n) * tokens + t) * size;
       for (int d = 0; d < size; ++d) sum[size_t(d)] += at[d];
     }
-    load_row(row_of<T>(x, batch, head * x.share, t), source.data(), size, vectors(size));
+    with_type(p.dtype, [&](auto of) {
+      load_row(row_of<decltype(of)>(x, batch, head * x.share, t), source.data(), size, vectors(size));
+    });
     with_map(map, [&](auto of) {
       for (int d = 0; d < size; d += W)
         store(sum.data() + d, load(sum.data() + d) * of.slope(load(source.data() + d)));
     });
-    store_row(row_of<T>(grad, batch, head * x.share, t), sum.data(), size, 1.0f);
+    with_type(p.dtype, [&](auto of) {
+      store_row(row_of<decltype(of)>(grad, batch, head * x.share, t), sum.data(), size, 1.0f);
+    });
   }
 }
 

@@ -5,7 +5,6 @@
 
 namespace accel::ACCEL_ISA::linear {
 
-template <typename T>
 class Forward {
  public:
   explicit Forward(const Params& p)
@@ -96,14 +95,13 @@ class Forward {
         p.den[(b * p.heads + h) * p.queries + t + i] = den[i];
         mul = den[i] == 0.0f ? 0.0f : 1.0f / den[i];
       }
-      T* dst = row_of<T>(p.out, b, h, t + i);
       if (i >= bad || tile.q.bad(i)) mul = NOT_A_NUMBER;
-      store_row(dst, out.at(i), p.values, mul);
+      tile.put(p.out, b, h, t + i, out.at(i), p.values, mul);
     }
   }
 
   const Params& p;
-  Tile<T> tile;
+  Tile tile;
   State state;
   Rows out;
   Buffer k_t;

@@ -26,6 +26,14 @@ T* row_of(const Strided& x, int64_t b, int64_t h, int64_t t) {
   return static_cast<T*>(x.data) + b * x.batch + h / x.share * x.head + t * x.token;
 }
 
+// Only what reads and writes rows is made for each dtype; in between all is fp32.
+template <typename F>
+inline void with_type(Dtype dtype, F f) {
+  if (dtype == Dtype::f32) f(float{});
+  if (dtype == Dtype::bf16) f(bf16{});
+  if (dtype == Dtype::f16) f(fp16{});
+}
+
 // Rows of a chunk, with a note of those that held something not finite.
 class Rows : public Words<> {
  public:
@@ -125,7 +133,6 @@ class Decay {
 
 // What all passes hold: a chunk's keys and values, its queries, their products, and sums that are carried from chunk to
 // chunk.
-template <typename T>
 class Tile {
  public:
   explicit Tile(const Params& p)
@@ -141,23 +148,31 @@ class Tile {
 
   void load_keys(int64_t b, int64_t hs, int64_t first, int count) {
     k.begin(), v.begin();
-    with_map(p.map, [&](auto map) {
-      for (int i = 0; i < count; ++i) {
-        if (hidden(b, first + i)) {
-          k.clear(i), v.clear(i);
-          continue;
-        }
-        const T* source = row_of<T>(p.k, b, hs, first + i);
-        fetch(source + 8 * p.k.token, p.features * int(sizeof(T)));
-        k.pack(map, i, source, 1.0f);
-        v.pack(Identity{}, i, row_of<T>(p.v, b, hs, first + i), 1.0f);
+    for (int i = 0; i < count; ++i) {
+      if (hidden(b, first + i)) {
+        k.clear(i), v.clear(i);
+        continue;
       }
-    });
+      pack(k, i, p.map, p.k, b, hs, first + i, 1.0f);
+      pack(v, i, Map::identity, p.v, b, hs, first + i, 1.0f);
+    }
     for (int i = count; i < vectors(count); ++i) k.clear(i), v.clear(i);
     decay.begin(b, hs, first, count);
     if (decay.any())
       for (int i = 0; i < count; ++i)
         for (int d = 0; d < k.padded; d += W) store(late_k.at(i) + d, load(k.at(i) + d) * decay.to_end[i]);
+  }
+
+  // Row `row` = mul · map of a token of x.
+  void pack(Rows& rows, int row, Map map, const Strided& x, int64_t b, int64_t h, int64_t t, float mul) const {
+    with_type(p.dtype, [&](auto of) {
+      const auto* source = row_of<decltype(of)>(x, b, h, t);
+      with_map(map, [&](auto f) { rows.pack(f, row, source, mul); });
+    });
+  }
+
+  void put(const Strided& to, int64_t b, int64_t h, int64_t t, const float* from, int n, float mul) const {
+    with_type(p.dtype, [&](auto of) { store_row(row_of<decltype(of)>(to, b, h, t), from, n, mul); });
   }
 
   bool hidden(int64_t b, int64_t t) const { return p.key_mask && !p.key_mask[b * p.keys + t]; }
@@ -168,9 +183,7 @@ class Tile {
 
   void load_queries(int64_t b, int64_t h, int64_t first, int count) {
     q.begin();
-    with_map(p.map, [&](auto map) {
-      for (int i = 0; i < count; ++i) q.pack(map, i, row_of<T>(p.q, b, h, first + i), p.scale);
-    });
+    for (int i = 0; i < count; ++i) pack(q, i, p.map, p.q, b, h, first + i, p.scale);
     for (int i = count; i < vectors(count); ++i) q.clear(i);
   }
 
