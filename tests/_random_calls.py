@@ -28,15 +28,15 @@ def calls(count: int) -> Any:
     )
 
 
-def cpu_calls(cases: Any, count: int = 600) -> Any:
+def cpu_calls(cases: Any, count: int = 250) -> Any:
     """A test of a case, a dtype and a number of threads gets so many calls."""
     drawn = hypothesis.given(cases, st.sampled_from(DTYPES), st.sampled_from([1, 2, 5]))
     return lambda test: calls(count)(drawn(test))
 
 
 def cuda_calls(*cases: Any) -> Any:
-    """A test gets 150 calls, each run thread by thread."""
-    return lambda test: calls(150)(hypothesis.given(*cases)(test))
+    """A test gets 80 calls, each run thread by thread."""
+    return lambda test: calls(80)(hypothesis.given(*cases)(test))
 
 
 def exactly(got: Tensor, expected: Tensor, what: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ import _cuda_host as host
 import pytest
 import torch
 from torch import Tensor
+
+from accel import dispatch
 
 PLANTED = sorted((host.SHIM / "planted").glob("*.cu"))
 CUDA = sorted((host.ROOT / "csrc" / "cuda" / "deformable").glob("*.cu"))
@@ -287,6 +291,25 @@ def test_matrix_fragments(mode: str, dtype: torch.dtype) -> None:
 # --- nvcc ---
 
 
+def test_built_kernels_do_not_spill() -> None:
+    """Each kernel of the native build on each architecture: what ptxas spills lies on the stack."""
+    knobs = pytest.importorskip("triton").knobs
+    extension, reason = dispatch.leaf("accel._C")
+    if reason or not extension.build_info()["cuda_archs"]:
+        pytest.skip(reason or "the native build is without CUDA")
+    command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", extension.__file__]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for arch in extension.build_info()["cuda_archs"].removesuffix("+PTX").split(";"):
+        assert f"arch = sm_{host.ARCHITECTURES[int(arch)]}" in text.splitlines()
+    kernels = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert len(kernels) == text.count("Function ") > 0
+    for kernel, registers, stack, shared, local in kernels:
+        assert 0 < int(registers) <= 255, kernel
+        assert int(stack) == int(local) == 0, kernel
+        assert int(shared) <= 48 << 10, kernel
+
+
+@pytest.mark.slow  # what is built is looked at above; this is about warnings
 @pytest.mark.parametrize("source", CUDA, ids=lambda path: path.stem)
 def test_nvcc_compiles_without_warnings_or_spills(source: Path) -> None:
     found = host.nvcc(source)

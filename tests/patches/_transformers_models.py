@@ -153,11 +153,11 @@ MODELS = {
 KEYS = ("logits", "last_hidden_state", "text_embeds")
 
 
-def randomize(model):
+def randomize(model, deviation=0.2):
     """Every parameter away from its initial value: tables and sinks that start at zero hide mistakes."""
     torch.manual_seed(3)
     for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0, 0.2)
+        nn.init.normal_(parameter, 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0, deviation)
     return model.eval()
 
 

@@ -92,7 +92,8 @@ MODELS = {
 
 
 def build(family):
-    return randomize(MODELS[family][0]())
+    # the hybrid layer of Zamba2 makes a rounding error of larger weights tenfold
+    return randomize(MODELS[family][0](), 0.1 if family == "zamba2" else 0.2)
 
 
 HOMES = {family: importlib.import_module(f"transformers.models.{family}.modeling_{family}") for family in MODELS}
