@@ -14,13 +14,16 @@ BUILD := setuptools wheel ninja pybind11
 BENCH := triton transformers timm rich matplotlib scikit-learn scikit-image pillow packaging
 TEST := pytest pytest-xdist pytest-benchmark hypothesis safetensors timm transformers diffusers FLASH-pytorch ruff mypy
 SWEEP := accelerate peft torchao
+# as many threads as cores in each of two processes would wait for one another; tests of threads set their number
 PARALLEL := -n 2 --dist worksteal
+ONE_THREAD := OMP_NUM_THREADS=1
 
 ifeq ($(SYSTEM),1)
 RUN := $(PYTHON)
 STAMP := build/.system
 TOOLS := $(STAMP)
 PARALLEL :=
+ONE_THREAD :=
 else
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -82,7 +85,7 @@ ifneq ($(SYSTEM),1)
 	$(call timed,lint,$(MAKE) --no-print-directory lint)
 endif
 	$(RUN) -m accel doctor
-	$(call timed,tests,ACCEL_REQUIRE_NATIVE=1 $(RUN) -m pytest -q $(PARALLEL) -m "not slow and not gpu" --durations=15)
+	$(call timed,tests,ACCEL_REQUIRE_NATIVE=1 $(ONE_THREAD) $(RUN) -m pytest -q $(PARALLEL) -m "not slow and not gpu" --durations=15)
 
 test-newest: build/newest.txt
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=build/newest.txt
@@ -90,7 +93,7 @@ test-newest: build/newest.txt
 sweep: tools
 	$(PIP) $(SWEEP)
 	$(call timed,transformers,$(RUN) tests/sweep --table tests/sweep/RESULTS.md)
-	$(call timed,the rest,$(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow" tests/sweep --ignore tests/sweep/test_transformers.py)
+	$(call timed,the rest,$(ONE_THREAD) $(RUN) -m pytest -q $(PARALLEL) -m "slow or not slow" tests/sweep --ignore tests/sweep/test_transformers.py)
 
 # For a machine with a GPU and no network: the interpreter at hand, values first (at most 4 minutes), then speed by
 # priority; fits in 8 minutes, and what has run is on disk whatever happens to the rest.
