@@ -48,8 +48,8 @@ def patch(
     same one is untouched.
 
     Args:
-        model: any module; classes of torch.nn, torchvision, timm, transformers, diffusers, mmcv and
-            flash-pytorch are known.
+        model: any module; classes of torch.nn, torchvision, timm, transformers, diffusers, mmcv, mmpose,
+            flash-pytorch, modelscope and clearvoice are known.
         ops: take the replacements of these ops and no others, also such as change numerics by design. None takes all
             that compute the same function.
         skip: modules to leave alone with all they contain: patterns of names (``"features.1*"``) or classes.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from accel.backends import inner_dtype
 from accel.flash_mix import flash_mix
+from accel.nn import gated_readers
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.gau_strips import ACTIVATIONS
 from accel.ops.rules import T5Buckets
@@ -34,7 +36,7 @@ def rotate(x: Tensor, size: int, position: int = 0) -> Tensor:
     ``position`` is the first token's."""
     if size == 0:
         return x
-    frequency = 10000.0 ** -(torch.arange(0, size, 2, device=x.device) / size)
+    frequency = 10000.0 ** -(torch.arange(0, size, 2, device=x.device, dtype=inner_dtype(x)) / size)
     angle = (torch.arange(x.shape[-2], device=x.device) + position)[:, None] * frequency
     cos, sin = (f(angle).to(x.dtype) for f in (torch.cos, torch.sin))
     even, odd = x[..., 0:size:2], x[..., 1:size:2]
@@ -55,12 +57,13 @@ class _Gated(nn.Module):
         activation: str,
         causal: bool,
         norm: str | None,
-        relative: T5Buckets | None,
+        relative: T5Buckets | str | None,
         rows: int,
         rotary: int,
         dropout: float,
+        out_dropout: float,
         shift: bool,
-        residual: bool,
+        residual: bool | str,
         bias: bool,
     ) -> None:
         super().__init__()
@@ -73,10 +76,16 @@ class _Gated(nn.Module):
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if rotary % 2 or not 0 <= rotary <= query_key_dim:
             raise ValueError(f"rotary is an even number of channels up to {query_key_dim=}, got {rotary=}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout=}")
+        if not 0.0 <= min(dropout, out_dropout) <= max(dropout, out_dropout) < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout=}, {out_dropout=}")
+        if not (relative is None or isinstance(relative, T5Buckets) or relative == "toeplitz"):
+            raise ValueError(f"relative must be T5Buckets, 'toeplitz' or None, got {relative!r}")
+        if relative == "toeplitz" and rows % 2 == 0:
+            raise ValueError(f"'toeplitz' takes 2n − 1 rows for n tokens, got {rows=}")
+        if residual not in (True, False, "scaled"):
+            raise ValueError(f"residual must be True, False or 'scaled', got {residual!r}")
         self.embed_dim, self.inner_dim, self.query_key_dim = embed_dim, inner, query_key_dim
-        self.activation, self.causal, self.dropout = activation, causal, dropout
+        self.activation, self.causal, self.dropout, self.out_dropout = activation, causal, dropout, out_dropout
         self.relative, self.rotary, self.shift, self.residual = relative, rotary, shift, residual
         self.norm: nn.Module = nn.Identity()
         if norm is not None:
@@ -86,10 +95,11 @@ class _Gated(nn.Module):
         self.beta = nn.Parameter(torch.empty(uses, query_key_dim))
         self.table = nn.Parameter(torch.empty(rows, 1)) if relative is not None else None
         self.to_out = nn.Linear(inner, embed_dim, bias=bias)
+        self.residual_scale = nn.Parameter(torch.empty(embed_dim)) if residual == "scaled" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As in the paper: weights and scales normal with deviation 0.02, offsets and biases 0."""
+        """As in the paper: weights and scales normal with deviation 0.02, offsets and biases 0; of the residual 1."""
         for layer in (self.to_hidden, self.to_out):
             nn.init.normal_(layer.weight, std=0.02)
             if layer.bias is not None:
@@ -98,6 +108,8 @@ class _Gated(nn.Module):
         nn.init.zeros_(self.beta)
         if self.table is not None:
             nn.init.normal_(self.table, std=0.02)
+        if self.residual_scale is not None:
+            nn.init.ones_(self.residual_scale)
 
     def _inputs(self, x: Tensor, before: Tensor | None, position: int) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
         """Gate, value, the uses of the base, and what the next token's shift needs; ``before`` is that of the last."""
@@ -116,8 +128,10 @@ class _Gated(nn.Module):
         return gate, value, uses, last
 
     def _outputs(self, mixed: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = self.to_out(mixed)
-        return out + x if self.residual else out
+        out: Tensor = F.dropout(self.to_out(mixed), self.out_dropout, self.training)
+        if not self.residual:
+            return out
+        return out + (x if self.residual_scale is None else x * self.residual_scale)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, inner={self.inner_dim}, {self.query_key_dim=}, {self.activation}, {self.causal=}"
@@ -144,14 +158,20 @@ class GatedAttentionUnit(_Gated):
         scale: of q·k; s ** −0.5 if None; ``"length"`` divides the biased logits by T, as flash-pytorch does.
         causal: token i sees tokens j <= i.
         norm: ``"layer"``, ``"scale"`` (:class:`ScaleNorm`) or None.
-        relative: :class:`accel.T5Buckets` for a learned bias by distance, or None.
-        rows: of its table.
+        relative: the rule of a learned bias by distance: :class:`accel.T5Buckets`; ``"toeplitz"`` for a row per
+            distance, row n − 1 being distance 0; or None.
+        rows: of its table; 2n − 1 for ``"toeplitz"``, which then serves up to n tokens.
         table_scale: factor of the table.
         rotary: how many channels of queries and keys are rotated, 0 for none.
-        dropout: of weights, and of the output.
+        dropout: of weights.
+        out_dropout: of the output, before the residual; as ``dropout`` if None.
+        average: each weight is divided by the number of keys that its query sees; for ``"relu2"`` without ``relative``.
         shift: half of the normed channels are those of the token before.
-        residual: the input is added to the output.
+        residual: the input is added to the output; ``"scaled"``, times a learned number for each channel.
         bias: of the two dense layers.
+
+    Raises:
+        ValueError: a size, name or rate that is none of these, or ``average`` beside what it is not for.
     """
 
     def __init__(
@@ -164,46 +184,70 @@ class GatedAttentionUnit(_Gated):
         scale: float | str | None = None,
         causal: bool = False,
         norm: str | None = "layer",
-        relative: T5Buckets | None = None,
+        relative: T5Buckets | str | None = None,
         rows: int = 32,
         table_scale: float = 1.0,
         rotary: int = 0,
         dropout: float = 0.0,
+        out_dropout: float | None = None,
+        average: bool = False,
         shift: bool = False,
-        residual: bool = True,
+        residual: bool | str = True,
         bias: bool = True,
     ) -> None:
         super().__init__(
             *(embed_dim, 2, query_key_dim, expansion, activation, causal, norm, relative, rows, rotary, dropout),
-            *(shift, residual, bias),
+            *(dropout if out_dropout is None else out_dropout, shift, residual, bias),
         )
         if isinstance(scale, str) and scale != "length":
             raise ValueError(f"scale must be a number, 'length' or None, got {scale=}")
-        self.scale, self.table_scale = scale, table_scale
+        if average and (activation != "relu2" or relative is not None):
+            raise ValueError(f"average is for relu2 without relative, got {activation=}, {relative=}")
+        self.scale, self.table_scale, self.average = scale, table_scale, average
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, **rules: Any) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, key_mask: Tensor | None = None) -> Tensor:
         shrink = 1.0 / max(k.shape[1], 1) if self.scale == "length" else 1.0
         scale = shrink if isinstance(self.scale, str) else self.scale
+        rules: dict[str, Any] = {"mask": None if key_mask is None else key_mask[:, None]}
         if self.table is not None:
-            queries, keys = q.shape[1], k.shape[1]
-            index: Any = self.relative
-            if keys > queries:  # a step: its distances count from the tokens before
-                at = [torch.arange(n, device=q.device) for n in (queries, keys)]
-                index = index.rows_of(at[0][:, None] + (keys - queries) - at[1], self.table.shape[0])
-            rules |= {"bias_table": self.table * (self.table_scale * shrink), "bias_index": index}
+            table, index = self._table(q.shape[1], k.shape[1])
+            rules |= {"bias_table": table * (self.table_scale * shrink), "bias_index": index}
+        if self.average:
+            q = q * self._seen(q, k, key_mask)[..., None].rsqrt().to(q.dtype)  # before the square: no sum overflows
         dropout = self.dropout if self.training else 0.0
         return gau_attention(
             q, k, v, gate, activation=self.activation, scale=scale, causal=self.causal, dropout_p=dropout, **rules
         )
 
+    def _table(self, queries: int, keys: int) -> tuple[Tensor, Any]:
+        """The table and its index, where the last query stands beside the last key."""
+        assert self.table is not None
+        rows = self.table.shape[0]
+        if not isinstance(self.relative, T5Buckets):
+            most = rows // 2 + 1
+            if keys > most:
+                raise ValueError(f"a table of {rows} rows serves up to {most} tokens, got {keys}")
+            return self.table[most - queries : most - 1 + keys], "toeplitz"
+        if keys == queries:
+            return self.table, self.relative
+        at = [torch.arange(n, device=self.table.device) for n in (queries, keys)]
+        return self.table, self.relative.rows_of(at[0][:, None] + (keys - queries) - at[1], rows)
+
+    def _seen(self, q: Tensor, k: Tensor, key_mask: Tensor | None) -> Tensor:
+        """How many keys each query sees, at least 1, ``(B or 1, T or 1)``."""
+        queries, keys = q.shape[1], k.shape[1]
+        if key_mask is not None:
+            seen = key_mask.cumsum(1) if self.causal else key_mask.sum(1, keepdim=True)
+        elif self.causal:
+            seen = torch.arange(keys - queries + 1, keys + 1, device=q.device)[None]
+        else:
+            seen = torch.full((1, 1), keys, device=q.device)
+        return seen.clamp_min(1).to(inner_dtype(q))
+
     def forward(self, x: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """``(B, T, embed_dim)`` to the same; ``key_mask (B, T)`` boolean, True where a token takes part as a key."""
         gate, v, (q, k), _ = self._inputs(x, None, 0)
-        mask = None if key_mask is None else key_mask[:, None]
-        mixed = self._attend(q, k, v, gate, mask=mask)
-        out: Tensor = self.to_out(mixed)
-        out = F.dropout(out, self.dropout, self.training)
-        return out + x if self.residual else out
+        return self._outputs(self._attend(q, k, v, gate, key_mask), x)
 
     def step(self, x: Tensor, state: UnitState | None = None) -> tuple[Tensor, UnitState]:
         """The next tokens ``(B, n, embed_dim)`` of a causal unit, in inference, and what the step after them needs."""
@@ -217,32 +261,20 @@ class GatedAttentionUnit(_Gated):
 
     @classmethod
     def from_module(cls, module: nn.Module) -> GatedAttentionUnit:
-        """The unit with the parameters of flash-pytorch's ``GAU``; they are copied.
+        """The unit with the parameters of flash-pytorch's ``GAU``, mmpose's ``RTMCCBlock`` or bert4torch's
+        ``GatedAttention`` (``GatedAttentionUnit`` in its older versions); they are copied.
+
+        The last has no norm and no residual of its own. Where a query sees one of several keys, its ``softmax_plus``
+        gives the others, masked ones too, the same weight, and ours gives them none. mmpose's bias by distance is that
+        of ``num_token`` tokens; of fewer it takes other entries.
 
         Raises:
             TypeError: the module is of another class.
+            ValueError: it has what the unit has not: mmpose's cross-attention, rotary embedding, drop path, ReLU or
+                another number of output channels; bert4torch's other activations, normalizations and frequencies.
         """
-        kind = f"{type(module).__module__}.{type(module).__name__}"
-        if not (kind.startswith("flash_pytorch.") and kind.endswith(".GAU")):
-            raise TypeError(f"from_module takes flash_pytorch's GAU, not {kind}")
-        m: Any = module
-        s, embed_dim = m.offsetscale.gamma.shape[1], m.to_qk[0].in_features
-        made = cls(
-            embed_dim,
-            query_key_dim=s,
-            expansion=m.to_out[0].in_features / embed_dim,
-            activation=_activation_of(m.attn_fn),
-            scale="length",
-            causal=m.causal,
-            norm=_norm_of(m.norm),
-            relative=T5Buckets(bidirectional=not m.causal, max_distance=m.rel_pos_bias.max_distance),
-            rows=m.rel_pos_bias.num_buckets,
-            table_scale=m.rel_pos_bias.scale,
-            dropout=m.dropout.p,
-            residual=m.add_residual,
-        )
-        _copy(made, m, m.offsetscale, m.to_out[0], [0, 1])
-        return made
+        read = gated_readers.read_unit(module)
+        return _load(cls(**read.given), read, module)
 
 
 class FlashState(NamedTuple):
@@ -263,6 +295,7 @@ class FLASH(_Gated):
 
     Args:
         chunk_size: tokens that see each other pair by pair.
+        rows: of the table; 2 · ``chunk_size`` − 1 for ``"toeplitz"``.
         table_scale: factor of the table.
         The others are those of :class:`GatedAttentionUnit`.
     """
@@ -277,18 +310,18 @@ class FLASH(_Gated):
         activation: str = "relu2",
         causal: bool = False,
         norm: str | None = "scale",
-        relative: T5Buckets | None = None,
+        relative: T5Buckets | str | None = None,
         rows: int = 32,
         table_scale: float = 1.0,
         rotary: int = 0,
         dropout: float = 0.0,
         shift: bool = False,
-        residual: bool = True,
+        residual: bool | str = True,
         bias: bool = True,
     ) -> None:
         super().__init__(
             *(embed_dim, 4, query_key_dim, expansion, activation, causal, norm, relative, rows, rotary, dropout),
-            *(shift, residual, bias),
+            *(0.0, shift, residual, bias),
         )
         if chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size=}")
@@ -340,75 +373,16 @@ class FLASH(_Gated):
             TypeError: the module is of another class.
             ValueError: it does not sum up all groups, or its rotary embedding is not the usual one.
         """
-        kind = f"{type(module).__module__}.{type(module).__name__}"
-        if not (kind.startswith("flash_pytorch.") and kind.endswith(".FLASH")):
-            raise TypeError(f"from_module takes flash_pytorch's FLASH, not {kind}")
-        m: Any = module
-        if not m.causal and not m.reduce_group_non_causal_attn:
-            raise ValueError("FLASH with reduce_group_non_causal_attn=False sees no other chunk in its linear part")
-        embed_dim, s = m.to_qk[0].in_features, m.qk_offset_scale.gamma.shape[1]
-        made = cls(
-            embed_dim,
-            chunk_size=m.group_size,
-            query_key_dim=s,
-            expansion=m.to_out.in_features / embed_dim,
-            activation=_activation_of(m.attn_fn),
-            causal=m.causal,
-            norm=_norm_of(m.norm),
-            relative=T5Buckets(bidirectional=not m.causal, max_distance=m.rel_pos_bias.max_distance),
-            rows=m.rel_pos_bias.num_buckets,
-            table_scale=m.rel_pos_bias.scale,
-            rotary=_rotary_of(m.rotary_pos_emb),
-            dropout=m.dropout.p,
-            shift=m.shift_tokens,
-        )
-        _copy(made, m, m.qk_offset_scale, m.to_out, [0, 1, 2, 3])
-        return made
+        read = gated_readers.read_flash(module)
+        return _load(cls(**read.given), read, module)
 
 
-# --- reading flash-pytorch's layers ---
+Layer = TypeVar("Layer", bound=_Gated)
 
 
-def _activation_of(module: nn.Module) -> str:
-    found = {"ReLUSquared": "relu2", "LaplacianAttnFn": "laplace"}.get(type(module).__name__)
-    if found is None:
-        raise ValueError(f"the activation must be ReLUSquared or LaplacianAttnFn, got {type(module).__name__}")
-    return found
-
-
-def _norm_of(module: nn.Module) -> str:
-    found = {"LayerNorm": "layer", "ScaleNorm": "scale"}.get(type(module).__name__)
-    if found is None:
-        raise ValueError(f"the norm must be LayerNorm or ScaleNorm, got {type(module).__name__}")
-    return found
-
-
-def _rotary_of(module: Any) -> int:
-    """How many channels it rotates."""
-    if module is None:
-        return 0
-    size = 2 * module.freqs.numel()
-    usual = 10000.0 ** -(torch.arange(0, size, 2, device=module.freqs.device) / size)
-    if not torch.allclose(module.freqs.detach().float(), usual) or getattr(module, "use_xpos", False):
-        raise ValueError("the rotary embedding has other frequencies than 10000 ** (−2i / size)")
-    return size
-
-
-@torch.no_grad()
-def _copy(made: _Gated, module: Any, offsets: Any, to_out: nn.Linear, order: list[int]) -> None:
-    if isinstance(made.norm, ScaleNorm):
-        made.norm.g.copy_(module.norm.g)
-        made.norm.eps = module.norm.eps
-    else:
-        made.norm.load_state_dict(module.norm.state_dict())
-        made.norm.eps = module.norm.eps
-    hidden, base = module.to_hidden[0], module.to_qk[0]
-    for name in ("weight", "bias"):
-        value, gate = getattr(hidden, name).chunk(2)
-        getattr(made.to_hidden, name).copy_(torch.cat([gate, value, getattr(base, name)]))
-        getattr(made.to_out, name).copy_(getattr(to_out, name))
-    made.gamma.copy_(offsets.gamma[order])
-    made.beta.copy_(offsets.beta[order])
-    assert made.table is not None
-    made.table.copy_(module.rel_pos_bias.relative_attention_bias.weight)
-    made.to(base.weight.device, base.weight.dtype).train(module.training)
+def _load(made: Layer, read: gated_readers.Read, module: nn.Module) -> Layer:
+    weight = read.state["to_out.weight"]
+    made.to(weight.device, weight.dtype).load_state_dict(read.state)
+    if read.norm_eps is not None:
+        made.norm.eps = read.norm_eps  # type: ignore[assignment]
+    return made.train(module.training)

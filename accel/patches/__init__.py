@@ -8,6 +8,8 @@ from accel.patches import (
     diffusers,
     flash_pytorch,
     mmcv,
+    mmpose,
+    mossformer,
     timm,
     torch_nn,
     torchvision,
@@ -19,7 +21,10 @@ from accel.patches.entry import Entry, Function, class_path, plain_class
 
 __all__ = ["FUNCTIONS", "TABLE", "Entry", "Function", "class_path", "target_of"]
 
-LIBRARIES = (torch_nn, torchvision, timm, transformers, transformers_vision, diffusers, mmcv, flash_pytorch)
+LIBRARIES = (
+    *(torch_nn, torchvision, timm, transformers, transformers_vision, diffusers, mmcv),
+    *(flash_pytorch, mmpose, mossformer),
+)
 TABLE: dict[str, Entry] = {e.target: e for library in LIBRARIES for e in library.ENTRIES}
 FUNCTIONS: dict[str, Function] = {f.target: f for f in (*torchvision.FUNCTIONS, *transformers_mamba2.FUNCTIONS)}
 

@@ -28,6 +28,10 @@ def every_module(module: Any) -> bool:
     return True
 
 
+def itself(x: Any) -> Any:
+    return x
+
+
 @dataclass(frozen=True)
 class Entry:
     """How one method of one library's class is computed by one of our ops.
@@ -51,6 +55,8 @@ class Entry:
     """Whether the method has work to do in this module at all; if not, the module is no news."""
     takes_tensor: bool = True
     """Whether its first argument is a tensor; a tracer's proxy in its place is left to the class."""
+    tensor_of: Callable[[Any], Any] = itself
+    """The tensor in its first argument, where that holds several: its device and dtype decide who computes."""
     same_function: bool = True
     """False for what changes numerics by design: such an entry is taken only when its op is named."""
 

@@ -55,7 +55,7 @@ class Replacement(Stand):
             return own(module, *args, **kwargs)
         given, reason = self._method.read(args, kwargs)
         if reason is None:
-            reason = self._why_not(given.get(self._method.positional[0]), given)
+            reason = self._why_not(entry.tensor_of(given.get(self._method.positional[0])), given)
         self.count(reason)
         if reason is not None:
             return own(module, *args, **kwargs)
