@@ -9,6 +9,9 @@ from typing import Any
 from accel.benchmarks import (
     deform_attention2d,
     deform_conv2d,
+    flash_mix,
+    flash_training,
+    gau_attention,
     linear_attention,
     linear_attention_step,
     models,
@@ -39,7 +42,7 @@ FAMILIES = (
     Family("windows", 10, (window_attention,)),
     Family("deformable", 75, (ms_deform_attn, deform_conv2d, deform_attention2d)),
     Family("boxes", 20, (ps_roi_align, ps_roi_pool)),
-    Family("linear", 5, (linear_attention, linear_attention_step)),
+    Family("linear", 10, (linear_attention, linear_attention_step, gau_attention, flash_mix, flash_training)),
 )
 BUDGET = 270.0
 """Seconds of the short run, after which nothing new begins; with the set-up (150 s) it ends within 8 minutes."""

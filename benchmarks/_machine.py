@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from accel import dispatch
+
 MIB = 1 << 20
+LEVEL = "level of our CPU kernels"  # among the facts of a run
 ROOT = Path(__file__).resolve().parent.parent
 
 # --- allocator ---
@@ -195,6 +198,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+def level() -> str | None:
+    """The instruction set that our CPU kernels run at."""
+    extension, _ = dispatch.leaf("accel._C")
+    return None if extension is None else str(extension.build_info()["isa"])
+
+
 def environment(device: str, seed: int, allocator: str, command: str) -> dict[str, Any]:
     """Everything a reader needs to place a number or to get it again."""
     facts: dict[str, Any] = {
@@ -206,6 +215,7 @@ def environment(device: str, seed: int, allocator: str, command: str) -> dict[st
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "allocator": allocator,
+        LEVEL: level(),
         "seed": seed,
         "commit": _commit(),
         "system": f"{platform.system()} {platform.release()}, {' '.join(platform.libc_ver())}",

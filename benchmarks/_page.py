@@ -84,7 +84,7 @@ def page(results: Results) -> str:
         _memory(found),
         "<h2>Everything</h2>",
         _goals(results),
-        _folded("Pictures: speed-ups with goals, roofline, training", "\n".join(pictures(results))),
+        _folded("Pictures: speed-ups with goals, time by length, roofline, training", "\n".join(pictures(results))),
         *_rows(results),
         _environment(results),
         "</body></html>",

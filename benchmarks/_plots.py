@@ -1,4 +1,5 @@
-"""Pictures that need matplotlib: every op's speed-ups with the goals, the roofline, and training curves."""
+"""Pictures that need matplotlib: every op's speed-ups with the goals, the time a token by the length of the text, the
+roofline, and training curves."""
 
 from __future__ import annotations
 
@@ -22,6 +23,10 @@ COLORS = {
     "torchvision": "#c2477f",
     "conv2d": "#7a6ff0",
     "eager": "#8a94a3",
+    "loop": "#5f9ea0",
+    "strips": "#c9a227",
+    "softmax": "#c2477f",
+    "transformers": "#b5651d",
     "core stubbed out": "#b9a3e3",
 }
 GOAL = "#d6336c"
@@ -56,6 +61,11 @@ def pictures(results: Results) -> list[str]:
             if figure is not None:
                 caption = "Times as fast as the rival. Bars are geometric means, dots single rows, red lines goals."
                 parts.append(f"<h3>Speed-up: {html.escape(op)}</h3>" + _figure(plt, figure, caption))
+        for op in dict.fromkeys(row.op for row in results.rows if row.tokens):
+            figure = _by_length(plt, [row for row in results.rows if row.op == op])
+            if figure is not None:
+                caption = "Time over tokens, by the number of tokens: flat where a token costs the same in any text."
+                parts.append(f"<h3>Time a token: {html.escape(op)}</h3>" + _figure(plt, figure, caption))
         roofline = _roofline(plt, results)
         if roofline is not None:
             caption = (
@@ -64,6 +74,12 @@ def pictures(results: Results) -> list[str]:
                 "broken line is what torch.mm gives of that."
             )
             parts.append("<h3>Roofline</h3>" + _figure(plt, roofline, caption))
+        if results.language:
+            caption = (
+                "Small models of the bytes of Python’s standard library with as many parameters each, one of FLASH and "
+                "one of softmax attention, on the same windows of text. Thin: each step; thick: a running mean."
+            )
+            parts.append("<h3>Language models</h3>" + _figure(plt, _language(plt, results.language), caption))
         if results.curves is not None:
             caption = (
                 "A small Swin trained on scikit-learn’s digits. Below, how far each run lies from the unpatched one; "
@@ -131,6 +147,53 @@ def _bars(plt: Any, results: Results, op: str) -> Any | None:
         panel.tick_params(axis="y", length=0)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[p]) for p in providers]
     figure.legend(handles, providers, loc="outside lower left", ncols=len(providers))
+    return figure
+
+
+def _by_length(plt: Any, rows: list[Row]) -> Any | None:
+    """A panel per group, dtype and mode that has several lengths; in it a line per provider."""
+    panels_of: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        if row.tokens and row.p50_ms:
+            lines = panels_of.setdefault(f"{row.group}, {row.dtype}, {row.mode}", {})
+            lines.setdefault(row.provider, []).append((row.tokens, 1e6 * row.p50_ms / row.tokens))
+    shown = {title: lines for title, lines in panels_of.items() if max(map(len, lines.values())) > 1}
+    if not shown:
+        return None
+    across = min(2, len(shown))
+    down = -(-len(shown) // across)
+    figure, panels = plt.subplots(down, across, figsize=(11, 0.8 + 2.9 * down), squeeze=False, layout="constrained")
+    for panel in panels.flat[len(shown) :]:
+        panel.set_visible(False)
+    names = [p for p in COLORS if any(p in lines for lines in shown.values())]
+    for panel, (title, lines) in zip(panels.flat, shown.items(), strict=False):
+        for name in names:
+            if name in lines:
+                panel.plot(*zip(*sorted(lines[name]), strict=True), "o-", color=COLORS[name], markersize=4)
+        counts = sorted({tokens for line in lines.values() for tokens, _ in line})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(counts, [f"{n / 1024:g}K" for n in counts])
+        panel.minorticks_off()
+        panel.set_ylim(bottom=0)
+        panel.set_title(title)
+        panel.set_xlabel("tokens")
+    for line in panels:
+        line[0].set_ylabel("ns a token")
+    handles = [plt.Line2D([], [], marker="o", color=COLORS[name]) for name in names]
+    figure.legend(handles, names, loc="outside lower left", ncols=len(names))
+    return figure
+
+
+def _language(plt: Any, losses: dict[str, list[float]]) -> Any:
+    figure, panel = plt.subplots(figsize=(11, 4), layout="constrained")
+    for (name, line), provider in zip(losses.items(), (OURS, "softmax"), strict=False):
+        steps, near = range(1, len(line) + 1), max(1, len(line) // 20)
+        means = [sum(line[max(0, i - near) : i]) / min(i, near) for i in steps]
+        panel.plot(steps, line, color=COLORS[provider], linewidth=0.6, alpha=0.45)
+        panel.plot(steps, means, color=COLORS[provider], linewidth=1.8, label=f"{name}: {means[-1]:.2f} at the end")
+    panel.set_xlabel("step")
+    panel.set_ylabel("loss, nats a byte")
+    panel.legend()
     return figure
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from accel.benchmarks._ceilings import MM, Ceilings
-from accel.benchmarks.goals import Goal, Verdict, concerns, reach
+from accel.benchmarks._machine import LEVEL
+from accel.benchmarks.goals import Goal, Verdict, concerns, fitting, kinds, reach
 from accel.benchmarks.harness import Row, to_json
 from accel.benchmarks.models import Curves
 
@@ -37,6 +38,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     values: dict[str, float] = field(default_factory=dict)
     curves: Curves | None = None
+    language: dict[str, list[float]] = field(default_factory=dict)  # losses of language models, a step, by name
     notes: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)  # by name, for want of time
     finished: bool = False
@@ -89,6 +91,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "rows": [_plain(row) for row in results.rows],
         "values": {name: to_json(value) for name, value in results.values.items()},
         "curves": curves,
+        "language": results.language,
         "notes": results.notes,
         "not run": results.not_run,
     }
@@ -127,7 +130,9 @@ def load(folders: Sequence[Path], goals: Sequence[Goal]) -> Results:
     mm = ceilings[MATMUL]
     copy = tuple((int(size), rate) for size, rate in ceilings[COPY].items())
     known = Ceilings(copy, ceilings.get(MULTIPLY, mm), ceilings.get(SOURCES, dict.fromkeys(mm, MM)), mm)
-    results = Results(first["environment"], known, goals, finished=all(data["finished"] for data in read))
+    machine = kinds(known, first["environment"].get(LEVEL) or "")
+    fit = fitting(goals, machine)
+    results = Results(first["environment"], known, fit, finished=all(data["finished"] for data in read))
     rows: dict[tuple[str, ...], Row] = {}
     for data in read:
         for plain in data["rows"]:
@@ -135,6 +140,7 @@ def load(folders: Sequence[Path], goals: Sequence[Goal]) -> Results:
             rows[row.op, row.label, row.shape, row.mode, row.provider] = row
         results.values.update(data.get("values", {}))
         results.curves = _fitting(Curves, data["curves"]) if data["curves"] else results.curves
+        results.language = data.get("language") or results.language
         results.notes += [note for note in data["notes"] if note not in results.notes]
         results.not_run += data.get("not run", [])
     results.rows = list(rows.values())

@@ -16,6 +16,7 @@ NAMES = {
     "eager": "eager torch",
     "conv2d": "plain conv2d",
     "torchvision": "torchvision",
+    "softmax": "softmax attention",
 }
 """Rivals in a reader's words."""
 
@@ -132,6 +133,7 @@ def row_cells(row: Row, speedup: float | None) -> list[str]:
     notes = [row.status] if row.status != "ok" else []
     notes += [row.reason] if row.reason else []
     notes += [f"{row.calls} calls"] if row.calls is not None else []
+    notes += [f"{number(1e6 * row.p50_ms / row.tokens)} ns a token"] if row.tokens and row.p50_ms else []
     notes += [f"ceiling: {row.ceiling}"] if row.ceiling and row.provider == OURS else []
     notes += [f"{row.left_out} of {row.samples + row.left_out} rounds left out"] if row.left_out else []
     notes += [f"disturbed: {row.disturbed}"] if row.disturbed else []

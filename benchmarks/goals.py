@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from accel.benchmarks._ceilings import Ceilings
 from accel.benchmarks.harness import OURS, Row
+
+WIDE, EVEN, DOTS = "wide", "even", "dots"
+WIDER = 1.6  # times the rate of torch.mm
+PAGE = 4096 / 2**20  # MiB; less cannot be told, and results may fit into pages that were there before
 
 
 @dataclass(frozen=True)
@@ -15,14 +20,15 @@ class Goal:
     """A figure to reach, as data beside the benchmark it judges. ``at_least`` or ``at_most`` is given.
 
     ``figure``: ``speedup`` is the rival's median over ours; ``floor`` is our median over the time of the measured
-    memory bandwidth; ``rate`` is our TFLOP/s; ``memory`` is our peak over the rival's; ``growth`` is our peak over that
-    of our row which is as ``base`` says; ``value`` is a number the benchmark itself reports under the goal's name. All
-    but the last are geometric means over the rows.
+    memory bandwidth; ``rate`` is our TFLOP/s; ``memory`` is our peak over the rival's; ``growth`` is our peak over
+    that of our row which is as ``base`` says. These are geometric means over the rows. ``spread`` is the longest time a
+    token of our rows over the shortest; ``extra`` is the most that any of our rows holds beside its results, in MiB;
+    ``value`` is a number the benchmark itself reports under the goal's name.
 
     ``rival`` may name several, as in ``"conv2d|matmul"``: each row is held against the slowest of them.
 
     ``per`` is what a figure is divided by: the part of it that the work saved explains. ``of`` names whose rows are
-    meant where they are not ours.
+    meant where they are not ours. ``machine`` is the kind of CPU it is for (see :func:`kinds`), any if empty.
     """
 
     name: str
@@ -37,6 +43,36 @@ class Goal:
     per: float = 1.0
     of: str = OURS
     base: Mapping[str, str] = field(default_factory=dict)
+    machine: str = ""
+
+
+def kinds(ceilings: Ceilings, level: str) -> set[str]:
+    """What a machine is, for goals that depend on it.
+
+    ``wide`` where multiply-adds in fp32 run 1.6 times as fast as torch.mm or more, as on AMD processors with whole
+    AVX-512 units, which MKL leaves half unused, and ``even`` elsewhere; ``dots`` where our kernels run at a ``level``
+    with dot products of bf16.
+    """
+    rate, mm = ceilings.multiply.get("fp32", 0.0), ceilings.mm.get("fp32", 0.0)
+    return {WIDE if rate >= WIDER * mm > 0.0 else EVEN} | ({DOTS} if level == "avx512_bf16" else set())
+
+
+def by_machine(
+    op: str, bounds: Mapping[tuple[str, str, str], Sequence[float]], rivals: Mapping[str, Sequence[str]]
+) -> Iterator[Goal]:
+    """Goals on a CPU: group, kind of machine and dtype -> how many times as fast as each of the group's rivals, and so
+    as the fastest, forward and, where there are two, with the backward."""
+    for (group, machine, dtype), least in bounds.items():
+        for mode, bound in zip(("forward", "forward+backward"), least, strict=False):
+            for rival in rivals[group]:
+                where = {"group": group, "dtype": dtype, "mode": mode}
+                name = f"{group}, {mode}, {dtype}, against {rival}"
+                yield Goal(name, op, "speedup", "cpu", where, rival, at_least=bound, machine=machine)
+
+
+def fitting(goals: Iterable[Goal], machine: Collection[str]) -> list[Goal]:
+    """Those for any machine and for this kind of one."""
+    return [goal for goal in goals if goal.machine in ("", *machine)]
 
 
 @dataclass
@@ -108,6 +144,12 @@ def _figures(goal: Goal, mine: Sequence[Row], rows: Sequence[Row]) -> tuple[list
         return [row.tflops for row in mine if row.tflops], ""
     if goal.figure == "growth":
         return _growth(goal, mine, rows), ""
+    if goal.figure == "spread":
+        times = [row.p50_ms / row.tokens for row in mine if row.p50_ms and row.tokens]
+        return ([max(times) / min(times)] if len(times) > 1 else []), ""
+    if goal.figure == "extra":
+        held = [row.peak_mib - row.kept_mib for row in mine if row.peak_mib is not None and row.kept_mib is not None]
+        return ([max(*held, PAGE)] if held else []), ""
     figures, notes = [], []
     theirs = [r for r in rows if r.provider in goal.rival.split("|")]
     for row, rival in pairs([*mine, *theirs], goal.rival, goal.of):

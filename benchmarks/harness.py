@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from accel.benchmarks._ceilings import Ceilings
-from accel.benchmarks._machine import dtype_name, peak_memory
+from accel.benchmarks._machine import MIB, dtype_name, peak_memory
 from accel.benchmarks._timing import Clock, Contender, Effort, Timing, measure
 from accel.testing import TOLERANCES, Tolerance, threads
 
@@ -91,6 +91,7 @@ class Case:
     providers: tuple[Provider, ...]
     costs: Mapping[str, Cost]  # mode -> cost; its keys are the modes to measure
     family: str  # of accel.testing.TOLERANCES; gradients are judged by family + "_grad"
+    tokens: int | None = None  # of the whole batch, where the time a token is of interest
 
     @property
     def label(self) -> str:
@@ -151,6 +152,8 @@ class Row:
     of_ceiling: float | None = None  # floor_ms / p50_ms
     ceiling: str = ""  # what floor_ms was taken from
     peak_mib: float | None = None
+    kept_mib: float | None = None  # the part of it that the results take
+    tokens: int | None = None
     error: float | None = None  # relative RMS, the worst of output and gradients
     calls: int | None = None  # calls of our op inside a patched model, a forward pass
     command: str = ""
@@ -345,7 +348,7 @@ def run_case(
             row = Row(
                 case.op, case.group, case.variant, case.shape, dtype_name(case.dtype), mode, device, provider.name
             )
-            row.command = command(row)
+            row.command, row.tokens = command(row), case.tokens
             rows.append(row)
             if provider.name in refused:
                 row.status, row.reason = "unavailable", refused[provider.name]
@@ -357,12 +360,14 @@ def run_case(
                 truth = truths(provider)
                 got = _run(function, inputs, None if mode == "forward" else truth.grad)
                 row.error, row.reason = truth.judge(got, case, _slack(provider))
-                del got
+                kept = got if mode == "forward" else got[1:]
+                kept_mib = sum(x.numel() * x.element_size() for x in kept) / MIB
+                del got, kept
                 if row.reason:
                     row.status = "FAIL"
                     continue
                 contender = _contender(provider, mode, function, inputs, truth.grad)
-                row.peak_mib = _peak(contender, device)
+                row.peak_mib, row.kept_mib = _peak(contender, device), kept_mib
             except Exception as error:
                 row.status, row.reason = "unavailable", one_line(error)
                 if provider.name == OURS:

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 
-from accel.benchmarks import _choice, models, report
+from accel.benchmarks import _choice, flash_training, models, report
 from accel.benchmarks._ceilings import measure_ceilings
 from accel.benchmarks._choice import BUDGET, FAMILIES, FAMILY, GOALS, OPS, PROVIDERS
-from accel.benchmarks._machine import Load, device_name, environment, pin_allocator
+from accel.benchmarks._machine import LEVEL, Load, device_name, environment, pin_allocator
 from accel.benchmarks._results import Results, load, save
 from accel.benchmarks._tables import number
 from accel.benchmarks._terminal import Terminal
 from accel.benchmarks._timing import FULL, NORMAL, SHORT, Clock, Effort, make_clock
+from accel.benchmarks.goals import fitting, kinds
 from accel.benchmarks.harness import MODES, OURS, Case, Row, UnavailableError, one_line, run_case
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,6 +34,7 @@ DENORMALS = (
     "without this, for all providers alike."
 )
 STEPS = 200  # of each training run on the digits
+TEXT = flash_training.Text()
 DESCRIPTION = f"""\
 Measure whole models and ops against what people use today, each proven right before it is timed.
 
@@ -182,7 +184,9 @@ class Suite:
         facts["denormals"] = "flushed to zero" if options.flush_denormal else "kept, as torch does by default"
         terminal.say("measuring the machine's ceilings")
         load = Load()
-        self.results = Results(facts, measure_ceilings(options.device, options.dtypes), GOALS)
+        ceilings = measure_ceilings(options.device, options.dtypes)
+        self.goals = fitting(GOALS, kinds(ceilings, facts[LEVEL] or ""))
+        self.results = Results(facts, ceilings, self.goals)
         if options.device == "cpu" and (others := load.others()) > 0.2:
             self.results.notes.append(
                 f"The ceilings are too low: others used {others:.1f} cores while they were measured."
@@ -194,7 +198,7 @@ class Suite:
         """The cases of this run, with their rank."""
         options = self.options
         if options.level == "goals":
-            found = [(0, case) for case in _choice.judged(every, options.device, GOALS)]
+            found = [(0, case) for case in _choice.judged(every, options.device, self.goals)]
         elif options.level == "full":
             found = [(0, case) for case in every]
         elif options.rows is None:
@@ -220,8 +224,9 @@ class Suite:
         chosen = list(self._chosen(every))
         for rank, case in chosen:
             out.append(Job(f"{case.op} {case.label}", FAMILY[case.op], rank, partial(self._case, case)))
+        out += self._texts()
         rows = (_choice.rows_of(cases, options.device) for cases in (every, [case for _, case in chosen]))
-        self.results.goals = _choice.whole(GOALS, *rows)
+        self.results.goals = _choice.whole(self.goals, *rows)
         return sorted(out, key=lambda job: job.rank) if options.level == "short" else out
 
     def _models(self) -> Iterator[Job]:
@@ -234,6 +239,12 @@ class Suite:
                 yield Job(f"{row.label} {mode}", models.NAME, 0, partial(self._model, model, dtype, mode))
         if options.device == "cpu" and torch.float32 in options.dtypes and wanted("digits"):
             yield Job("digits: training with and without the patch", models.NAME, 0, self._digits)
+
+    def _texts(self) -> Iterator[Job]:
+        options, name = self.options, "language models of FLASH and of softmax attention"
+        wanted = options.rows is None or options.rows.search(name)
+        if options.level == "full" and flash_training.NAME in options.op and torch.float32 in options.dtypes and wanted:
+            yield Job(name, FAMILY[flash_training.NAME], 0, partial(self._language, name))
 
     def run(self) -> int:
         terminal, results = self.terminal, self.results
@@ -323,6 +334,20 @@ class Suite:
             return
         self.results.curves = curves
         self.results.values[models.CURVES_GOAL] = models.noise_ratio(curves)
+        save(self.results, self.out)
+
+    def _language(self, label: str) -> None:
+        done = [0]
+
+        def tick() -> None:
+            done[0] += 1
+            self.terminal.say(f"{label}: step {done[0]} of {2 * TEXT.steps}")
+
+        try:
+            self.results.language = flash_training.language_models(TEXT, self.options.seed, tick)
+        except UnavailableError as error:
+            self.results.notes.append(f"{label}: {one_line(error)}")
+            return
         save(self.results, self.out)
 
 

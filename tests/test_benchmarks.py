@@ -175,6 +175,16 @@ def test_the_rate_of_multiply_adds_is_that_of_the_best_level_and_the_level_comes
     assert native.build_info()["isa"] == before
 
 
+@pytest.mark.parametrize("took", [(1.0, 1e-9), (1e-9, 1.0)])
+def test_torch_mm_counts_at_the_size_that_gives_most(
+    took: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(took)
+    monkeypatch.setattr(_ceilings, "_best_seconds", lambda call, device, seconds: next(left))
+    best = 2 * (384 if took[1] < took[0] else 1024) ** 3 / 1e-9
+    assert _ceilings._mm(torch.float32, "cpu", 0.0) == pytest.approx(best)
+
+
 def test_without_the_native_extension_a_matrix_product_is_the_ceiling(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> object:
         raise ImportError(name)

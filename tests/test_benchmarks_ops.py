@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 
 import pytest
@@ -14,7 +14,10 @@ import accel
 from accel.benchmarks import (
     _boxes,
     _choice,
+    _mamba2,
     deform_attention2d,
+    flash_mix,
+    gau_attention,
     harness,
     linear_attention,
     linear_attention_step,
@@ -31,10 +34,12 @@ HALF_TOO = (torch.float32, torch.bfloat16)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def _compute_the_same(cases: Iterable[Case]) -> None:
+def _compute_the_same(cases: Iterable[Case], providers: Sequence[str] = ("accel", "eager")) -> None:
     for case in cases:
-        for part in _choice.narrowed(case, harness.MODES, ("accel", "eager")):
-            for row in rows_of(part):
+        for part in _choice.narrowed(case, harness.MODES, providers):
+            rows = rows_of(part)
+            assert {row.provider for row in rows} == set(providers)
+            for row in rows:
                 assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
 
 
@@ -234,10 +239,145 @@ def test_what_linear_attention_costs() -> None:
     assert found["forward+backward"] == Cost(8 * state, 11 * 2 * 3 * 10 * 4 * 4)
 
 
-def test_goals_of_linear_attention_by_the_machine() -> None:
-    even, wide = linear_attention._bounds(False), linear_attention._bounds(True)
-    assert all(wide[key] > bound for key, bound in even.items())
-    assert {goal.rival for goal in linear_attention.GOALS} == {"eager", "loop", "compile"}
+@pytest.mark.parametrize("module", [linear_attention, gau_attention, flash_mix], ids=lambda module: module.NAME)
+def test_goals_by_the_machine(module: ModuleType) -> None:
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for goal in module.GOALS:
+        if goal.machine:
+            assert goal.where["dtype"] == ("bf16" if goal.machine == "dots" else "fp32")
+            about = goal.where["group"] + goal.where["mode"], goal.rival
+            assert about not in found.setdefault(goal.machine, {}), "two goals for one figure"
+            found[goal.machine][about] = goal.at_least or 0.0
+    assert found["even"].keys() == found["wide"].keys() >= found["dots"].keys()
+    assert all(found["wide"][about] > bound for about, bound in found["even"].items())
+    rivals = {rival for _, rival in found["even"]}
+    assert {"eager", "compile"} <= rivals
+    assert rivals <= set(module.PROVIDERS)
+
+
+def test_the_rows_of_a_token_differ_in_their_length_alone() -> None:
+    shapes = [shape for shape in linear_attention.CPU if shape.growing]
+    assert [shape.tokens for shape in shapes] == [4096, 16384, 65536]
+    assert {dataclasses.replace(shape, variant="", tokens=0) for shape in shapes} == {
+        linear_attention.Shape("a token", "", 0, growing=True)
+    }
+    cases = [linear_attention._case(shape, "cpu", torch.float32, ["forward"]) for shape in shapes]
+    assert [case.tokens for case in cases] == [4096, 16384, 65536]
+
+
+def test_the_scan_of_mamba2_is_transformers_own() -> None:
+    home = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    before = home.mamba2_chunk_scan
+    small = _mamba2.Shape(tokens=150, batch=2, heads=3, size=8, state=16, chunk=64)
+    case = _mamba2.case("linear_attention", small, "cpu", ["forward", "forward+backward"])
+    _compute_the_same([case], ("accel", "transformers"))
+    assert home.mamba2_chunk_scan is before
+    inputs = [x.double() for x in case.inputs(torch.Generator().manual_seed(1))]
+    x, dt, a, b, c = inputs
+    state, rows = torch.zeros(2, 3, 8, 16).double(), []
+    for t in range(150):  # the recurrence itself
+        step = dt[:, t, :, None, None]
+        state = torch.exp(step * a[:, None, None]) * state + step * x[:, t, :, :, None] * b[:, t, :, None]
+        rows.append((state * c[:, t, :, None]).sum(-1))
+    torch.testing.assert_close(case.reference(*inputs), torch.stack(rows, 1), rtol=1e-10, atol=1e-10)
+
+
+def test_a_scan_that_goes_to_transformers_is_no_row_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    small = _mamba2.Shape(tokens=20, heads=2, size=8, state=16, chunk=16)
+    case = _mamba2.case("linear_attention", small, "cpu", ["forward"])
+    growing = dataclasses.replace(case, inputs=lambda generator: _grown(case.inputs(generator)))
+    ours = next(row for row in rows_of(growing) if row.provider == "accel")
+    assert (ours.status, "left the call to transformers" in ours.reason) == ("FAIL", True)
+
+
+def _grown(inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    x, dt, a, b, c = inputs
+    return x, dt, -a, b, c  # states that grow, which the op does not allow
+
+
+def test_what_the_scan_costs() -> None:
+    found = _mamba2.costs(_mamba2.Shape(tokens=10, batch=2, heads=3, size=4, state=5), ["forward", "forward+backward"])
+    forward, given, out = 4 * 20 * 3 * 4 * 5, 20 * (3 * 4 + 3 + 2 * 5) * 4, 20 * 3 * 4 * 4
+    assert found["forward"] == Cost(forward, given + out)
+    assert found["forward+backward"] == Cost(4 * forward, 3 * given + 2 * out)
+
+
+# --- gated attention ---
+
+
+@pytest.mark.parametrize("dtype", HALF_TOO)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_rivals_of_gated_attention_compute_the_same(causal: bool, dtype: torch.dtype) -> None:
+    shape = gau_attention.Shape(300, causal, 2, 16, 24)
+    case = gau_attention._case(shape, "cpu", dtype, harness.MODES)
+    _compute_the_same([case], ("accel", "strips", "eager"))
+    inputs = [x.double() for x in case.inputs(torch.Generator().manual_seed(1))]
+    expected = accel.gau_attention(*inputs, causal=causal, backend="reference")
+    torch.testing.assert_close(case.reference(*inputs), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_gated_attention_costs() -> None:
+    shape = gau_attention.Shape(10, True, 2, 3, 4)
+    found, pairs = gau_attention.costs(shape, 4, harness.MODES), 2 * 10 * 10 // 2
+    given, out = 2 * 10 * (2 * 3 + 2 * 4) * 4, 2 * 10 * 4 * 4
+    assert found["forward"] == Cost(2 * pairs * (3 + 4), given + out)
+    assert found["backward"] == Cost(2 * pairs * (3 * 3 + 2 * 4), 2 * given + out)
+    assert found["forward+backward"] == Cost(2 * pairs * (4 * 3 + 3 * 4), 3 * given + 2 * out)
+    whole = gau_attention.costs(dataclasses.replace(shape, causal=False), 4, ["forward"])
+    assert whole["forward"].flops == 2 * found["forward"].flops
+
+
+def test_gated_attention_has_the_rows_that_people_have() -> None:
+    assert [(str(shape), shape.group) for shape in gau_attention.CPU] == [
+        ("B1 T2048 s128 E1024", "causal 2048"),
+        ("B1 T2048 s128 E1024", "full 2048"),
+        ("B1 T4096 s128 E1024", "causal 4096"),
+        ("B8 T17 s128 E512", "RTMPose 17"),
+    ]
+
+
+# --- FLASH's chunks ---
+
+
+@pytest.mark.parametrize("dtype", HALF_TOO)
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_rival_of_flash_mix_computes_the_same(causal: bool, dtype: torch.dtype) -> None:
+    shape = flash_mix.Shape("small", causal, 150, 2, 16, 24, 32)  # the last chunk is not whole
+    case = flash_mix._case(shape, "cpu", dtype, harness.MODES)
+    _compute_the_same([case])
+    inputs = [x.double() for x in case.inputs(torch.Generator().manual_seed(1))]
+    within, across = ([*inputs] for _ in range(2))
+    within[2], across[0] = torch.zeros_like(within[2]), torch.zeros_like(across[0])
+    parts = [case.reference(*given).abs().mean() for given in (within, across)]
+    assert 0.2 < parts[0] / parts[1] < 5, "one part is too small to be judged"
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_rival_of_flash_mix_is_the_middle_of_flash_pytorch(causal: bool) -> None:
+    flash = pytest.importorskip("flash_pytorch").FLASH
+    layer = flash(dim=12, group_size=8, query_key_dim=6, expansion_factor=2.0, causal=causal).double()
+    found: list[torch.Tensor] = []
+    layer.to_out.register_forward_pre_hook(lambda module, given: found.append(given[0]))
+    torch.nn.init.normal_(layer.qk_offset_scale.gamma)
+    torch.nn.init.zeros_(layer.rel_pos_bias.relative_attention_bias.weight)
+    x = torch.randn(2, 21, 12, generator=torch.Generator().manual_seed(0)).double()
+    layer(x)
+    hidden = layer.norm(x)
+    v, gate = layer.to_hidden(hidden).chunk(2, -1)
+    quad_q, lin_q, quad_k, lin_k = layer.qk_offset_scale(layer.to_qk(hidden))
+    shape = flash_mix.Shape("small", causal, 21, 2, 6, 24, 8)
+    got = flash_mix.eager(shape)(quad_q, quad_k, lin_q, lin_k, v, gate)
+    torch.testing.assert_close(got, found[0], rtol=1e-10, atol=1e-12)
+
+
+def test_what_flash_mix_costs() -> None:
+    found = flash_mix.costs(flash_mix.Shape("", False, 16, 2, 3, 5, 8), 4, harness.MODES)
+    narrow, wide, state = 2 * 32 * 8 * 3, 2 * 32 * 8 * 5, 2 * 32 * 3 * 5
+    given, out = 32 * (4 * 3 + 2 * 5) * 4, 32 * 5 * 4
+    assert found["forward"] == Cost(narrow + wide + 2 * state, given + out)
+    assert found["backward"] == Cost(3 * narrow + 2 * wide + 4 * state, 2 * given + out)
+    assert found["forward+backward"] == Cost(4 * narrow + 3 * wide + 6 * state, 3 * given + 2 * out)
 
 
 def test_the_rival_of_a_token_computes_the_same() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from _bench import FASTER, WHERE, FakeClock, make_case, provider_of, row_of, rows_of
+from _bench import CEILINGS, FASTER, WHERE, FakeClock, make_case, provider_of, row_of, rows_of
 from torch import Tensor
 
 from accel.benchmarks import _choice, _tables, _timing, goals, harness
@@ -147,6 +147,39 @@ def test_goals_of_rate_and_growth() -> None:
         (pytest.approx(8.0), True),
         (pytest.approx(3.0), False),
     ]
+
+
+def test_goals_of_time_by_length_and_of_memory_beside_the_results() -> None:
+    times = (("1K", 1000, 2.0, 9.0), ("4K", 4000, 10.0, 15.0), ("16K", 16000, 36.0, 40.0))
+    rows = [row_of("accel", ms, v, tokens=n, peak_mib=peak, kept_mib=n / 1000) for v, n, ms, peak in times]
+    rows += [row_of("eager", 1.0, "1K", tokens=1000, peak_mib=99.0, kept_mib=1.0)]
+    spread = Goal("flat", "window_attention", "spread", "cpu", WHERE, at_most=1.25)
+    extra = Goal("extra", "window_attention", "extra", "cpu", WHERE, at_most=20.0)
+    found = [goals.reach(goal, rows, {}) for goal in (spread, extra)]
+    assert [(v.measured, v.met) for v in found] == [(pytest.approx(2.5 / 2.0), True), (pytest.approx(24.0), False)]
+    assert goals.reach(spread, rows[:1], {}).met is None, "one length says nothing"
+    assert goals.reach(extra, [row_of("accel", 1.0)], {}).met is None
+    held = goals.reach(extra, [row_of("accel", 1.0, peak_mib=1.0, kept_mib=2.0)], {})
+    assert (held.measured, held.met) == (pytest.approx(goals.PAGE), True)
+
+
+def test_a_row_knows_its_tokens_and_what_its_results_take() -> None:
+    case = dataclasses.replace(make_case(provider_of("accel", torch.mul)), tokens=3)
+    assert [(row.mode, row.tokens, row.kept_mib) for row in rows_of(case)] == [
+        ("forward", 3, 24 * 4 / 2**20), ("forward+backward", 3, (24 + 8) * 4 / 2**20)
+    ]  # fmt: skip
+    assert "ns a token" in _tables.row_cells(rows_of(case)[0], None)[-1]
+
+
+def test_goals_for_the_kind_of_machine() -> None:
+    def of(multiply: float, mm: float, level: str) -> set[str]:
+        return goals.kinds(dataclasses.replace(CEILINGS, multiply={"fp32": multiply}, mm={"fp32": mm}), level)
+
+    assert of(1.6e9, 1e9, "avx512_bf16") == {"wide", "dots"}
+    assert of(1.5e9, 1e9, "avx512") == {"even"}
+    assert goals.kinds(CEILINGS, "") == {"even"}, "nothing is known of torch.mm"
+    every = [FASTER, *(dataclasses.replace(FASTER, machine=kind) for kind in ("wide", "even", "dots"))]
+    assert [goal.machine for goal in goals.fitting(every, {"even", "dots"})] == ["", "even", "dots"]
 
 
 def test_a_figure_is_divided_by_what_the_work_saved_explains() -> None:

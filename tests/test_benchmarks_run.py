@@ -18,6 +18,7 @@ import torch
 from _bench import CEILINGS, FASTER, WHERE, FakeClock, make_case, provider_of
 from torch import Tensor
 
+import accel
 from accel.benchmarks import _choice, _page, _results, _tables, harness, run, window_attention
 from accel.benchmarks.goals import Goal
 from accel.benchmarks.harness import Case
@@ -147,12 +148,15 @@ def test_the_help_tells_the_three_runs_apart(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_short_run_leaves_room_for_more_families() -> None:
-    assert sum(family.seconds for family in _choice.FAMILIES) <= _choice.BUDGET - 60
+    assert sum(family.seconds for family in _choice.FAMILIES) <= _choice.BUDGET - 55
 
 
 def test_families_are_the_shelves_of_the_ops() -> None:
     for name, module in _choice.OPS.items():
-        assert (module.OP.name, module.OP.function.__module__) == (name, f"accel.ops.{_choice.FAMILY[name]}.{name}")
+        if name == "flash_mix":  # a function of ops
+            assert accel.flash_mix.__module__ == f"accel.{name}"
+        elif name != "flash_training":  # layers
+            assert (module.OP.name, module.OP.function.__module__) == (name, f"accel.ops.{_choice.FAMILY[name]}.{name}")
 
 
 def test_the_short_run_takes_picks_with_their_rivals_what_matters_most_first() -> None:
