@@ -34,7 +34,7 @@ from accel.testing.tolerance import (
     assert_close,
     assert_same,
 )
-from accel.testing.values import LEVELS, check_flops, check_gradcheck, check_levels, check_values
+from accel.testing.values import LEVELS, at_level, check_flops, check_gradcheck, check_levels, check_values
 
 __all__ = [
     "HALVES",
@@ -45,6 +45,7 @@ __all__ = [
     "Tolerance",
     "assert_close",
     "assert_same",
+    "at_level",
     "check_autocast",
     "check_batch",
     "check_checkpoint",

@@ -287,6 +287,13 @@ def test_what_is_not_finite_reaches_only_who_may_see_it(name, tensor, value, dty
         testing.assert_same(got.grads[n][spared_keys], clean.grads[n][spared_keys], f"gradient of {n}")
 
 
+@pytest.mark.parametrize("tensor", ["q", "k", "v"])
+@pytest.mark.parametrize("name", ["causal", "window", "padding", "few"])
+def test_what_is_not_finite_in_pairs(name, tensor):
+    with testing.at_level("avx512_bf16"):
+        test_what_is_not_finite_reaches_only_who_may_see_it(name, tensor, math.nan, torch.bfloat16, "cpu")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("B", "H", "T", "S"), [(0, 2, 3, 4), (2, 2, 0, 4), (2, 2, 3, 0), (2, 2, 0, 0)])
@@ -361,7 +368,8 @@ def test_many_tasks(given):
 LEVELS = testing.check_levels(
     accel.gau_attention,
     map(by_name, ["silu", "laplace_causal_bias", "sigmoid_without_gate", "gqa", "value_size_520", "window_causal_300",
-                  "packed_causal_t5", "grid_extra", "everything", "exact_bias"]),
+                  "packed_causal_t5", "grid_extra", "everything", "exact_bias", "few_queries", "window_laplace",
+                  "bias_and_table"]),
 )  # fmt: skip
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from _gau_cases import case, integers
-from _random_calls import check_on_cpu, cpu_calls, hypothesis, st
+from _random_calls import calls, check_on_cpu, cpu_calls, hypothesis, st
 
 import accel
-from accel import BlockCausal, PrefixLM
+from accel import BlockCausal, PrefixLM, testing
 from accel.testing import Case
 
 
@@ -38,3 +38,10 @@ def attentions(draw: Any) -> Case:
 @cpu_calls(attentions(), 200)
 def test_cpu(of: Case, dtype: torch.dtype, threads: int) -> None:
     check_on_cpu(accel.gau_attention, of, dtype, threads)
+
+
+@calls(60)
+@hypothesis.given(attentions())
+def test_pairs_of_bf16(of: Case) -> None:
+    with testing.at_level("avx512_bf16"):
+        check_on_cpu(accel.gau_attention, of, torch.bfloat16, 1)

@@ -13,6 +13,7 @@ from accel import testing
 from accel.ops.linear.linear_attention import OP
 from accel.testing import assert_close, check_levels, check_op
 
+IN_PAIRS = "avx512_bf16"
 BACKENDS = [b.name for b in OP.backends if b.name in ("cpu", "reference")]
 # in half precision the reference computes as in fp32
 PLAINLY = [dataclasses.replace(c, dtypes=FP32) for c in CASES]
@@ -28,7 +29,16 @@ def test_op(check):
 
 
 LEVEL_CASES = [by_name(n) for n in ("causal_prime", "token_decay", "cross") if "cpu" in BACKENDS]
-LEVELS = list(check_levels(accel.linear_attention, LEVEL_CASES))
+# what pairs of bf16 could cost digits in: rows of little weight, decay, sums over runs of tokens, heads that share keys
+PAIRS_CASES = [
+    by_name(n)
+    for n in ("relu_8", "squared_relu_8", "causal_1500", "gqa", "mqa", "head_decay", "heavy_decay", "sum", "size_256")
+    if "cpu" in BACKENDS
+]
+LEVELS = [
+    *check_levels(accel.linear_attention, LEVEL_CASES),
+    *(x for x in check_levels(accel.linear_attention, PAIRS_CASES) if x[0].endswith(IN_PAIRS)),
+]
 
 
 @pytest.mark.parametrize("check", [check for _, check in LEVELS], ids=[name for name, _ in LEVELS])
@@ -180,13 +190,16 @@ def test_gradients_of_states(what, asked, packed, backend):
 
 # --- what must not leak ---
 
+HALF_OR_NOT = [torch.float32, torch.bfloat16]
+
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("which", "qkv")
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_not_finite(value, which, backend):
+@pytest.mark.parametrize("dtype", HALF_OR_NOT, ids=str)
+def test_not_finite(dtype, value, which, backend):
     """It makes the rows that see it NaN, and leaves the bits of the others."""
-    q, k, v, decay, _ = drawn(150)
+    q, k, v, decay, _ = drawn(150, dtype=dtype)
     clean = accel.linear_attention(q, k, v, causal=True, log_decay=decay, backend=backend)
     tensors = {"q": q, "k": k, "v": v}
     tensors[which] = tensors[which].clone()
@@ -198,19 +211,31 @@ def test_not_finite(value, which, backend):
     assert torch.equal(out[~spoilt], clean[~spoilt])
 
 
+@pytest.mark.parametrize("which", "qkv")
+def test_not_finite_in_pairs(which):
+    with testing.at_level(IN_PAIRS):
+        test_not_finite(torch.bfloat16, math.nan, which, "cpu")
+        test_not_finite_where_masked(False, torch.bfloat16, "cpu")
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_not_finite_where_masked(backend):
-    q, k, v, decay, _ = drawn(70)
+@pytest.mark.parametrize("dtype", HALF_OR_NOT, ids=str)
+@pytest.mark.parametrize("state", [True, False])
+def test_not_finite_where_masked(state, dtype, backend):
+    q, k, v, decay, _ = drawn(70, dtype=dtype)
     mask = torch.ones(2, 70, dtype=torch.bool)
     mask[0, 11] = mask[1, :5] = False
-    given = {"causal": True, "log_decay": decay, "key_mask": mask, "backend": backend, "return_state": True}
-    clean, state = accel.linear_attention(q, k, v, **given)
+    given = {"causal": True, "log_decay": decay, "key_mask": mask, "backend": backend, "return_state": state}
+
+    def made(k, v):
+        result = accel.linear_attention(q, k, v, **given)
+        return [result[0], *result[1]] if state else [result]
+
+    clean = made(k, v)
     k, v = k.clone(), v.clone()
     k[0, :, 11] = math.nan
     v[1, :, :5] = math.inf
-    out, spoilt = accel.linear_attention(q, k, v, **given)
-    assert torch.equal(out, clean)
-    assert all(torch.equal(a, b) for a, b in zip(state, spoilt, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(made(k, v), clean, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

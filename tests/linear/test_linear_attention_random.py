@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from _linear_cases import case, integers
-from _random_calls import check_on_cpu, cpu_calls, hypothesis
+from _random_calls import calls, check_on_cpu, cpu_calls, hypothesis
 
 import accel
+from accel import testing
 
 st = hypothesis.strategies
 
@@ -45,3 +47,10 @@ def call(draw):
 @cpu_calls(call(), 200)
 def test_cpu(of, dtype, threads):
     check_on_cpu(accel.linear_attention, of, dtype, threads)
+
+
+@calls(40)
+@hypothesis.given(call())
+def test_pairs_of_bf16(of):
+    with testing.at_level("avx512_bf16"):
+        check_on_cpu(accel.linear_attention, of, torch.bfloat16, 1)

@@ -8,7 +8,7 @@ from _bad import Bad, check_bad, each, zeros
 from torch.utils.flop_counter import FlopCounterMode
 
 import accel
-from accel import dispatch
+from accel import dispatch, testing
 from accel.ops.linear.linear_attention_step import OP
 from accel.testing import assert_close
 from accel.testing.values import LEVELS
@@ -211,14 +211,7 @@ def test_the_short_way_and_the_long_way_run_the_kernel():
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_instruction_sets(level):
-    extension, missing = dispatch.leaf("accel._C")
-    if extension is None:
-        pytest.skip(missing)
-    info = extension.build_info()
-    if level not in info["isa_built"] or LEVELS.index(level) > LEVELS.index(info["isa_highest"]):
-        pytest.skip(f"built for {info['isa_built']}, and this processor has {info['isa_highest']}")
-    extension.set_isa(level)
-    try:
+    with testing.at_level(level):
         for name in ("one of all", "odd", "wide", "grouped queries"):
             for layout in (by_rows, by_columns):
                 test_steps_are_the_op_over_all_tokens(name, layout, "cpu")
@@ -226,8 +219,6 @@ def test_instruction_sets(level):
             test_feature_maps(feature_map, "cpu")
             for dtype in HALF:
                 test_feature_maps_in_half_precision(feature_map, dtype, "cpu")
-    finally:
-        extension.set_isa(info["isa"])
 
 
 def test_threads_change_nothing(one_thread):

@@ -12,6 +12,8 @@ constexpr int STEP_TILES = 2;
 
 template <typename T>
 class Backward {
+  static constexpr bool PAIRS = IN_PAIRS<T>;
+
  public:
   explicit Backward(const BackwardParams& b)
       : b(b),
@@ -22,17 +24,25 @@ class Backward {
         biases(p, b, logits),
         q(STEP_TILES * TILE_ROWS, p.head_dim),
         k(BLOCK_KEYS, p.head_dim),
+        v(BLOCK_KEYS, PANEL),
+        upstream(int64_t(panels) * STEP_TILES * TILE_ROWS, PANEL),
+        exact(PAIRS && p.gate.data && (b.grad_bias || b.part_line || b.part_table || p.queries <= TILE_ROWS)),
+        rest(exact ? int64_t(panels) * STEP_TILES * TILE_ROWS : 0, PANEL),
+        q_summed(TILE_ROWS, q),
+        k_summed(BLOCK_KEYS, k),
+        upstream_summed(STEP_TILES * TILE_ROWS, upstream),
+        turned_weights{{STEP_TILES * TILE_ROWS, BLOCK_KEYS}, {TILE_ROWS, BLOCK_KEYS}},
+        turned_grads(TILE_ROWS, BLOCK_KEYS),
+        grads_of_keys(TILE_ROWS, BLOCK_KEYS),
         ld(logits.ld),
         k_t(int64_t(k.padded) * ld),
-        v_t(int64_t(panels) * PANEL * ld),
-        v(int64_t(BLOCK_KEYS) * PANEL_LD),
-        upstream(int64_t(panels) * STEP_TILES * TILE_ROWS * PANEL_LD),
+        v_t(int64_t(panels) * v.padded * ld),
         weights(int64_t(STEP_TILES) * TILE_ROWS * ld),
         slopes(int64_t(STEP_TILES) * TILE_ROWS * ld),
         grads(int64_t(STEP_TILES) * TILE_ROWS * ld),
         grad_q(group * p.queries, p.head_dim),
         grad_k(BLOCK_KEYS, p.head_dim),
-        grad_v(int64_t(panels) * BLOCK_KEYS * PANEL_LD),
+        grad_v(int64_t(panels) * BLOCK_KEYS, PANEL),
         bad_values(BLOCK_KEYS),
         bad_upstream(STEP_TILES * TILE_ROWS) {}
 
@@ -78,20 +88,22 @@ class Backward {
       const int width = panel_width(p.value_dim, panel);
       for (int j = 0; j < count; ++j) {
         const T* src = row_of<T>(p.v, batch, kv, first + j) + panel * PANEL;
-        if (!pack_panel<T>(src, nullptr, v + int64_t(j) * PANEL_LD, width)) bad_values.mark(j);
+        if (!pack_panel<T>(src, nullptr, v.at(j), width)) bad_values.mark(j);
       }
-      for (int j = count; j < padded; ++j) std::fill_n(v + int64_t(j) * PANEL_LD, vectors(width), 0.0f);
-      transpose(v, PANEL_LD, v_t + int64_t(panel) * PANEL * ld, ld, padded, vectors(width));
+      for (int j = count; j < padded; ++j) v.clear(j);
+      transpose(v.at(0), v.ld, v_t_at(panel), ld, padded, vectors(words_of<PAIRS>(width)));
       for (int j = 0; j < padded; ++j) std::fill_n(grad_v_at(panel, j), vectors(width), 0.0f);
     }
+    k_summed.take(k, 0, padded);
     for (int j = 0; j < padded; ++j) grad_k.clear(j);
 
     for (int64_t g = 0; g < group; ++g)
       for (int64_t n = 0; n < p.tile_count; n += STEP_TILES)
         step(batch, kv * group + g, g * p.queries, n, std::min<int64_t>(n + STEP_TILES, p.tile_count), first, count);
 
-    for (int j = 0; j < count; ++j) {  // queries were packed with the scale
-      store_row(const_cast<T*>(row_of<T>(b.grad_k, batch, kv, first + j)), grad_k.at(j), p.head_dim, 1.0f);
+    const float factor = PAIRS ? logits.factor() : 1.0f;  // fp32 words of queries were packed with it
+    for (int j = 0; j < count; ++j) {
+      store_row(const_cast<T*>(row_of<T>(b.grad_k, batch, kv, first + j)), grad_k.at(j), p.head_dim, factor);
       T* dst = const_cast<T*>(row_of<T>(b.grad_v, batch, kv, first + j));
       for (int panel = 0; panel < panels; ++panel)
         store_row(dst + panel * PANEL, grad_v_at(panel, j), panel_width(p.value_dim, panel), 1.0f);
@@ -119,19 +131,30 @@ class Backward {
     // two whole tiles that meet the same keys are one of twice as many rows: sums over them are longer
     const bool joined = many == 2 && tiles[0].count == TILE_ROWS && spans[0].from == spans[1].from &&
                         spans[0].to == spans[1].to && !spans[1].empty();
+    const int runs = joined ? 1 : many;
+    const auto rows_of_run = [&](int n) { return joined ? TILE_ROWS + tiles[1].count : tiles[n].count; };
+    for (int n = 0; n < runs; ++n)
+      if (!spans[n].empty())
+        turned_weights[n].take(weights + int64_t(n) * TILE_ROWS * ld, ld, rows_of_run(n), spans[n].from, spans[n].to);
     for (int panel = 0; panel < panels; ++panel) {
       const int width = panel_width(p.value_dim, panel);
-      for (int n = 0; n < (joined ? 1 : many); ++n) {
+      for (int n = 0; n < runs; ++n) {
         const Span& s = spans[n];
         if (s.empty()) continue;
-        const int rows = joined ? TILE_ROWS + tiles[1].count : tiles[n].count;
-        const float* g = upstream_at(panel, n * TILE_ROWS);
+        const int rows = rows_of_run(n);
+        const int64_t row = upstream_row(panel, n * TILE_ROWS);
         float* grad = grads + int64_t(n) * TILE_ROWS * ld + s.from;
-        gemm({g, PANEL_LD, 1, v_t + int64_t(panel) * PANEL * ld + s.from, ld, grad, ld, panel ? grad : nullptr, ld, width},
-             rows, (s.to - s.from) / W);
+        gemm<PAIRS>({upstream.at(row), upstream.ld, 1, v_t_at(panel) + s.from, ld, grad, ld, panel ? grad : nullptr, ld,
+                     words_of<PAIRS>(width)},
+                    rows, (s.to - s.from) / W);
+        if (exact)
+          gemm<PAIRS>({rest.at(row), rest.ld, 1, v_t_at(panel) + s.from, ld, grad, ld, grad, ld,
+                       words_of<PAIRS>(width)},
+                      rows, (s.to - s.from) / W);
         float* values = grad_v_at(panel, s.from);
-        gemm({weights + int64_t(n) * TILE_ROWS * ld + s.from, 1, ld, g, PANEL_LD, values, PANEL_LD, values, PANEL_LD, rows},
-             s.to - s.from, vectors(width) / W);
+        upstream_summed.take(upstream, row, rows);
+        gemm<PAIRS>(turned_weights[n].times(upstream_summed, values, grad_v.ld, values), s.to - s.from,
+                    vectors(width) / W);
       }
     }
     for (int n = 0; n < many; ++n)
@@ -140,13 +163,14 @@ class Backward {
 
   void pack_rows(int64_t batch, int64_t h, const Tile& tile, int at) {
     for (int i = 0; i < tile.count; ++i) {
-      q.pack(at + i, row_of<T>(p.q, batch, h, tile.query + i), logits.factor());
+      pack_row<T>(q, at + i, row_of<T>(p.q, batch, h, tile.query + i), logits.factor());
       const T* src = row_of<T>(b.grad_out, batch, h, tile.query + i);
       const T* gate = p.gate.data ? row_of<T>(p.gate, batch, h, tile.query + i) : nullptr;
       for (int panel = 0; panel < panels; ++panel) {
         const int column = panel * PANEL;
-        if (!pack_panel<T>(src + column, gate ? gate + column : nullptr, upstream_at(panel, at + i),
-                           panel_width(p.value_dim, panel)))
+        const int64_t row = upstream_row(panel, at + i);
+        if (!pack_panel<T>(src + column, gate ? gate + column : nullptr, upstream.at(row),
+                           panel_width(p.value_dim, panel), exact ? rest.at(row) : nullptr))
           bad_upstream.mark(at + i);
       }
     }
@@ -188,17 +212,30 @@ class Backward {
       }
     for (int64_t pair : spoiled[n]) grad[pair] = NOT_A_NUMBER;
     biases.add(batch, h, tile, first, s, grad, ld);
-    const float* rows = q.at(n * TILE_ROWS);
-    gemm({grad + s.from, 1, ld, rows, q.ld, grad_k.at(s.from), grad_k.ld, grad_k.at(s.from), grad_k.ld, tile.count},
-         s.to - s.from, grad_k.padded / W);
-    gemm({grad + s.from, ld, 1, k.at(s.from), k.ld, grad_q.at(row), grad_q.ld, grad_q.at(row), grad_q.ld, s.to - s.from},
-         tile.count, grad_q.padded / W);
+    q_summed.take(q, n * TILE_ROWS, tile.count);
+    add_products(grad, row, tile.count, s);
+    if constexpr (!PAIRS) return;
+    // again with what rounding left of them: of few pairs, as a window has them, one may be most of a gradient
+    for (int i = 0; i < tile.count; ++i)
+      for (int j = s.from; j < s.to; j += W) {
+        float* x = grad + int64_t(i) * ld + j;
+        store(x, rest_of(load(x)));
+      }
+    add_products(grad, row, tile.count, s);
   }
 
-  float* upstream_at(int panel, int row) const {
-    return upstream + (int64_t(panel) * STEP_TILES * TILE_ROWS + row) * PANEL_LD;
+  void add_products(const float* grad, int64_t row, int count, const Span& s) {
+    turned_grads.take(grad, ld, count, s.from, s.to);
+    gemm<PAIRS>(turned_grads.times(q_summed, grad_k.at(s.from), grad_k.ld, grad_k.at(s.from)), s.to - s.from,
+                grad_k.padded / W);
+    grads_of_keys.take(grad, ld, count, s.from, s.to);
+    gemm<PAIRS>(grads_of_keys.times(k_summed, s.from, s.to, grad_q.at(row), grad_q.ld, grad_q.at(row)), count,
+                grad_q.padded / W);
   }
-  float* grad_v_at(int panel, int key) const { return grad_v + (int64_t(panel) * BLOCK_KEYS + key) * PANEL_LD; }
+
+  static int64_t upstream_row(int panel, int row) { return int64_t(panel) * STEP_TILES * TILE_ROWS + row; }
+  float* v_t_at(int panel) const { return v_t + int64_t(panel) * v.padded * ld; }
+  float* grad_v_at(int panel, int key) const { return grad_v.at(int64_t(panel) * BLOCK_KEYS + key); }
 
   const BackwardParams& b;
   const Params& p;
@@ -206,12 +243,20 @@ class Backward {
   const int panels;
   Logits logits;
   BiasSums biases;
-  Rows<> q, k;
+  Rows<PAIRS> q, k;
+  Words<PAIRS> v, upstream;  // a panel, and all panels one after the other
+  // The product of gate and upstream gradient, which has twice the digits of a bf16, is kept in two parts for gradients
+  // that are made of few pairs: those of biases, which are not rounded when they go out either, and of few queries.
+  const bool exact;
+  Words<PAIRS> rest;
+  Summed<PAIRS> q_summed, k_summed, upstream_summed;
+  TurnedWeights<PAIRS> turned_weights[STEP_TILES], turned_grads;
+  Weights<PAIRS> grads_of_keys;
   const int ld;
-  Buffer k_t, v_t, v, upstream;
+  Buffer k_t, v_t;
   Buffer weights, slopes, grads;
   Rows<> grad_q, grad_k;
-  Buffer grad_v;
+  Words<> grad_v;
   Marks bad_values, bad_upstream;
   std::vector<int64_t> spoiled[STEP_TILES];
   int64_t key_run = 0;

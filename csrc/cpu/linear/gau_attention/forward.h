@@ -1,6 +1,8 @@
 // Forward: the weights of a few tiles of queries and a block of keys are made once and meet the values in panels.
 #pragma once
 
+#include <deque>
+
 #include "weights.h"
 
 namespace accel::ACCEL_ISA::gau {
@@ -9,19 +11,25 @@ constexpr int FEW_ROWS = 4;  // of a task: decoding, where packing keys and valu
 
 template <typename T>
 class Forward {
+  static constexpr bool PAIRS = IN_PAIRS<T>;
+
  public:
   explicit Forward(const Params& p)
       : p(p),
         group(p.heads / p.kv_heads),
         logits(p),
         q(p.chunk_tiles * p.tile_rows, p.head_dim),
+        q_few(FEW_ROWS, p.head_dim),
         k(BLOCK_KEYS, p.head_dim),
         k_t(int64_t(k.padded) * logits.ld),
-        weights(p.chunk_tiles * p.tile_rows * logits.ld),
-        v(int64_t(BLOCK_KEYS) * PANEL_LD),
+        tiles(PAIRS ? 0 : p.chunk_tiles * p.tile_rows * logits.ld),
+        v(BLOCK_KEYS, PANEL),
+        v_summed(BLOCK_KEYS, v),
         out(p.chunk_tiles * p.tile_rows, p.value_dim),
         bad_values(BLOCK_KEYS),
-        spoiled(p.chunk_tiles * p.tile_rows) {}
+        spoiled(p.chunk_tiles * p.tile_rows) {
+    for (int64_t n = 0; n < p.chunk_tiles; ++n) weights.emplace_back(p.tile_rows, BLOCK_KEYS);
+  }
 
   void run(int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
@@ -39,14 +47,21 @@ class Forward {
   void chunk(int64_t b, int64_t kv, int64_t index) {
     const int64_t first = p.chunk_edges[index], end = p.chunk_edges[index + 1];
     int low = int(p.keys), high = 0, rows = 0;
+    for (int64_t n = first; n < end; ++n) rows += tile_of(b, n).count;
+    const bool few = rows <= FEW_ROWS;
     q.forget();
+    q_few.forget();
     spoiled.forget();
-    for (int64_t n = first; n < end; ++n) {
+    for (int64_t n = first, packed = 0; n < end; ++n) {
       const Tile& tile = tile_of(b, n);
       const int64_t row = (n - first) * p.tile_rows;
-      rows += tile.count;
       for (int i = 0; i < tile.count; ++i) {
-        q.pack(row + i, row_of<T>(p.q, b, head_of(kv, n), tile.query + i), logits.factor());
+        const T* src = row_of<T>(p.q, b, head_of(kv, n), tile.query + i);
+        if (few) {
+          q_few.pack(packed++, src, logits.factor());
+        } else {
+          pack_row<T>(q, row + i, src, logits.factor());
+        }
         out.clear(row + i);
       }
       for (int i = 0; i < 2; ++i)
@@ -54,12 +69,13 @@ class Forward {
     }
     for (int64_t at = low; at < high; at += BLOCK_KEYS) {
       const int count = int(std::min<int64_t>(BLOCK_KEYS, p.keys - at));
-      if (rows <= FEW_ROWS) {
-        for (int64_t n = first; n < end; ++n)
-          step_few(b, kv, head_of(kv, n), tile_of(b, n), (n - first) * p.tile_rows, at, meet(tile_of(b, n), at, count));
-      } else {
+      if (!few) {
         block(b, kv, first, end, at, count);
+        continue;
       }
+      for (int64_t n = first, packed = 0; n < end; packed += tile_of(b, n++).count)
+        step_few(b, kv, head_of(kv, n), tile_of(b, n), packed, (n - first) * p.tile_rows, at,
+                 meet(tile_of(b, n), at, count));
     }
     for (int64_t n = first; n < end; ++n) finish(b, head_of(kv, n), tile_of(b, n), (n - first) * p.tile_rows);
   }
@@ -78,21 +94,20 @@ class Forward {
       const Span& s = spans[size_t(n - first)];
       if (s.empty()) continue;
       find_logits(b, kv, first, n, keys);
-      weigh_tile(b, head_of(kv, n), tile_of(b, n), keys, s);
+      take_weights(b, head_of(kv, n), tile_of(b, n), weights[size_t(n - first)], keys, s);
     }
     bad_values.forget();
     for (int panel = 0; panel < panels_of(p.value_dim); ++panel) {
       const int width = panel_width(p.value_dim, panel);
       pack_values(b, kv, keys, from, std::min(to, count), panel * PANEL, width);
-      for (int j = count; j < to; ++j) std::fill_n(v + int64_t(j) * PANEL_LD, vectors(width), 0.0f);
+      for (int j = count; j < to; ++j) v.clear(j);
+      v_summed.take(v, 0, to);
       for (int64_t n = first; n < end; ++n) {
         const Span& s = spans[size_t(n - first)];
         if (s.empty()) continue;
-        const int64_t row = (n - first) * p.tile_rows;
-        float* to_add = out.at(row) + panel * PANEL;
-        gemm({weights + row * logits.ld + s.from, logits.ld, 1, v + int64_t(s.from) * PANEL_LD, PANEL_LD, to_add, out.ld,
-              to_add, out.ld, s.to - s.from},
-             tile_of(b, n).count, vectors(width) / W);
+        float* to_add = out.at((n - first) * p.tile_rows) + panel * PANEL;
+        gemm<PAIRS>(weights[size_t(n - first)].times(v_summed, s.from, s.to, to_add, out.ld, to_add),
+                    tile_of(b, n).count, vectors(width) / W);
       }
     }
     if (!bad_values.any_bad()) return;
@@ -108,10 +123,11 @@ class Forward {
   }
 
   // Keys and values read where they lie; a value that is not seen is not touched.
-  void step_few(int64_t b, int64_t kv, int64_t h, const Tile& tile, int64_t row, int64_t keys, const Span& s) {
+  void step_few(int64_t b, int64_t kv, int64_t h, const Tile& tile, int64_t q_row, int64_t row, int64_t keys,
+                const Span& s) {
     if (s.empty()) return;
-    logits.x = weights + row * logits.ld;
-    logits.template compute_few<T>(q, row, kv, b, h, tile, keys, s);
+    place(row);
+    logits.template compute_few<T>(q_few, q_row, kv, b, h, tile, keys, s);
     seen.assign(size_t(tile.count) * BLOCK_KEYS, 0);
     for (int i = 0; i < tile.count; ++i)
       for (int j = s.live_from; j < s.live_to; ++j)
@@ -139,8 +155,29 @@ class Forward {
 
   void find_logits(int64_t b, int64_t kv, int64_t first, int64_t n, int64_t keys) {
     const int64_t row = (n - first) * p.tile_rows;
-    logits.x = weights + row * logits.ld;
+    place(row);
     logits.compute(q, row, k, k_t, logits.ld, b, head_of(kv, n), tile_of(b, n), keys, spans[size_t(n - first)]);
+  }
+
+  // Logits of the tile that begins at `row` become its weights where they lie. Pairs lie elsewhere, and the place of one
+  // tile's logits will do for all.
+  void place(int64_t row) {
+    if constexpr (!PAIRS) logits.x = tiles + row * logits.ld;
+  }
+
+  void take_weights(int64_t b, int64_t h, const Tile& tile, Weights<PAIRS>& of, int64_t keys, const Span& s) {
+    if (!PAIRS || p.dropout) {
+      weigh_tile(b, h, tile, keys, s);
+      of.take(logits.x, logits.ld, tile.count, s.from, s.to);
+      return;
+    }
+    of.begin(s.from);
+    with_activation(p.activation, [&](auto activation) {
+      for (int i = 0; i < tile.count; ++i) {
+        const float* x = logits.x + int64_t(i) * logits.ld;
+        of.fill_row(i, s.from, s.to, [&](int j) { return weigh<activation>(load(x + j)).value; });
+      }
+    });
   }
 
   void weigh_tile(int64_t b, int64_t h, const Tile& tile, int64_t keys, const Span& s) {
@@ -158,7 +195,7 @@ class Forward {
     for (int j = from; j < to; ++j) {
       const T* src = row_of<T>(p.v, b, kv, keys + j) + column;
       if (j + 8 < to) fetch(src + 8 * p.v.token, width * int(sizeof(T)));  // packing waits for memory, not for work
-      if (!pack_panel<T>(src, nullptr, v + int64_t(j) * PANEL_LD, width)) bad_values.mark(j);
+      if (!pack_panel<T>(src, nullptr, v.at(j), width)) bad_values.mark(j);
     }
   }
 
@@ -182,10 +219,14 @@ class Forward {
   const Params& p;
   const int64_t group;
   Logits logits;
-  Rows<> q, k;
+  Rows<PAIRS> q;
+  Rows<> q_few;
+  Rows<PAIRS> k;
   Buffer k_t;
-  Buffer weights;  // of all tiles of a chunk
-  Buffer v;        // one panel
+  std::deque<Weights<PAIRS>> weights;  // of the tiles of a chunk
+  Buffer tiles;                        // where they lie in fp32
+  Words<PAIRS> v;                      // one panel
+  Summed<PAIRS> v_summed;
   Rows<> out;
   Marks bad_values, spoiled;  // keys of the block; rows that see such
   std::vector<Span> spans;

@@ -65,15 +65,64 @@ void with_activation(Activation a, F f) {
 
 // Columns of values that are multiplied at a time: a block of keys of them stays in the second-level cache.
 constexpr int PANEL = 128;
-constexpr int PANEL_LD = 16 * (PANEL / 16 | 1);
 
 inline int panels_of(int size) { return (size + PANEL - 1) / PANEL; }
 inline int panel_width(int size, int panel) { return std::min(PANEL, size - panel * PANEL); }
 
-// n numbers of a row as fp32, times those of `mul` if there are any; zeros behind them up to whole vectors. False if one
-// was not finite, which is then 0.
+template <bool PAIRS>
+int words_of(int size) {
+  return PAIRS ? (size + 1) / 2 : size;
+}
+
+// What is left of x when it was rounded to bf16.
+inline vf rest_of(vf x) { return x - reinterpret_cast<vf>(round_to_bf16(x) & 0xffff0000u); }
+
+// The same as pack_panel in pairs, which a product with `mul` is rounded to; what is left of it goes to `rest`, unless
+// that is null.
 template <typename T>
-bool pack_panel(const T* src, const T* mul, float* dst, int n) {
+bool pack_panel_pairs(const T* src, const T* mul, float* dst, float* rest, int n) {
+  T *to = reinterpret_cast<T*>(dst), *small = reinterpret_cast<T*>(rest);
+  bool finite = true;
+  int d = 0;
+  for (; d + 2 * W <= n; d += 2 * W) {
+    vh2 x = *reinterpret_cast<const vh2_unaligned*>(src + d);
+    if (mul) {
+      vf even, odd, mul_even, mul_odd;
+      load_two(src + d, even, odd);
+      load_two(mul + d, mul_even, mul_odd);
+      even *= mul_even, odd *= mul_odd;
+      x = mated(even, odd);
+      if (small) *reinterpret_cast<vh2_unaligned*>(small + d) = mated(rest_of(even), rest_of(odd));
+    }
+    finite &= all_finite(x);
+    *reinterpret_cast<vh2_unaligned*>(to + d) = x;
+  }
+  if (d < n) {
+    for (; d < n; ++d) {
+      to[d] = src[d];
+      if (mul) {
+        const float x = to_float(src[d]) * to_float(mul[d]);
+        from_float(x, to + d);
+        if (small) from_float(x - to_float(to[d]), small + d);
+      }
+      finite &= bool(std::isfinite(to_float(to[d])));
+    }
+    std::memset(to + n, 0, size_t(2 * vectors((n + 1) / 2) - n) * sizeof(T));
+  }
+  if (finite) return true;
+  for (int c = 0; c < n; ++c)
+    if (!std::isfinite(to_float(to[c]))) {
+      to[c] = T{0};
+      if (small) small[c] = T{0};
+    }
+  return false;
+}
+
+// n numbers of a row as words, times those of `mul` if there are any; zeros behind them up to whole vectors. False if
+// one was not finite, which is then 0.
+template <typename T>
+bool pack_panel(const T* src, const T* mul, float* dst, int n, [[maybe_unused]] float* rest = nullptr) {
+  if constexpr (IN_PAIRS<T>) return pack_panel_pairs(src, mul, dst, rest, n);
   vf check{};  // 0 · x is NaN for what is not finite
   int d = 0;
   for (; d + W <= n; d += W) {

@@ -2,12 +2,17 @@
 // weight, and of the state S that a row sees that of g_i. In half precision the sum in c is made again: from a rounded output
 // it would not do for rows of little weight, whose 1 / den is large. One pass from the first token to the last gives the gradients
 // of queries, one from the last to the first those of keys and values.
+//
+// With pairs of bf16 the products that make gradients of queries take P and S as they are: in a row of little weight g
+// is large, and what comes out small beside its terms. So does, with a gradient of the decay, the one that its sums over
+// tokens come from.
 #pragma once
 
 #include "tile.h"
 
 namespace accel::ACCEL_ISA::linear {
 
+template <bool PAIRS>
 class Backward {
  public:
   explicit Backward(const BackwardParams& b)
@@ -17,8 +22,8 @@ class Backward {
         again(p.dtype != Dtype::f32),
         g(p.values),
         early_q(tile.decay.any() ? p.features : 0),
-        of_keys(p.features),
-        of_values(p.values),
+        of_keys(CHUNK, p.features),
+        of_values(CHUNK, p.values),
         state_t(p.values, p.features, p.features),
         grad(p.features, p.values, p.features),
         grad_t(int64_t(g.padded) * tile.k.ld),
@@ -93,6 +98,7 @@ class Backward {
       if (!std::isfinite(c[i])) g.spoil(i), c[i] = 0.0f;
     }
     for (int i = count; i < vectors(count); ++i) g.clear(i);
+    g.round(count, true);
   }
 
   bool bad(int i) const { return g.bad(i) || tile.q.bad(i); }
@@ -104,11 +110,8 @@ class Backward {
 
   // The chunk's rows enter the gradient of what was before it, whose decay over the chunk is counted already.
   void remember(int count) {
-    const Rows& from = tile.decay.any() ? early_q : tile.q;
-    if (tile.decay.any())
-      for (int i = 0; i < count; ++i)
-        for (int d = 0; d < early_q.padded; d += W)
-          store(early_q.at(i) + d, load(tile.q.at(i) + d) * tile.decay.from_start[i]);
+    Rows<PAIRS>& from = tile.decay.any() ? early_q : tile.q;
+    if (tile.decay.any()) tile.shrunk(tile.q, tile.decay.from_start, early_q, count);
     tile.accumulate(from, g, grad.main, count);
     if (p.normalize) tile.add_rows(from, c, grad.sum, count);
   }
@@ -120,8 +123,8 @@ class Backward {
       int spoilt = lost ? 0 : CHUNK;
       if (p.causal) {
         tile.load_keys(s.batch, hs, t, count);
-        transpose(tile.v.at(0), tile.v.ld, v_t, tile.ld, vectors(count), tile.v.padded);
-        if (again && p.normalize) transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        tile.v.turn(v_t, tile.ld, count);
+        if (again && p.normalize) tile.k.turn(k_t, tile.ld, count);
         spoilt = std::min(spoilt, tile.first_bad_key());
       }
       for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs, hs * tile.group + n, t, count, spoilt);
@@ -152,8 +155,8 @@ class Backward {
 
   void query_rows(int64_t batch, int64_t hs, int64_t h, int64_t t, int count, int spoilt) {
     load_rows(batch, h, t, count, false);
-    Rows& rows = of_keys;  // (count, F)
-    tile.cross(g, state_t.main, rows, count);
+    Words<>& rows = of_keys;  // (count, F)
+    tile.cross_exact(g, state_t.main.at(0), state_t.main.ld, rows, count);
     if (tile.decay.any()) tile.scale_rows(rows, tile.decay.from_start, count);
     if (p.causal) tile.lower(g, v_t, of_weights, count);
     if (p.normalize) {
@@ -169,7 +172,7 @@ class Backward {
             i >= spoilt || bad(i) ? NOT_A_NUMBER : tile.dot(tile.q.at(i), rows.at(i), rows.padded);
     if (p.causal) {
       tile.decayed(of_weights, count, p.normalize ? c : nullptr, [](int, float) {});
-      tile.add_lower(of_weights, tile.k, rows, count);
+      tile.add_lower_exact(of_weights, tile.k, rows, count);
     }
     for (int i = 0; i < count; ++i) {
       const float mul = i >= spoilt || bad(i) ? NOT_A_NUMBER : p.scale;
@@ -182,7 +185,7 @@ class Backward {
   }
 
   // c of a chunk whose g · v stand in of_weights, and to whose features g gives `rows` by way of the state.
-  void find_c(int64_t batch, int64_t h, int64_t t, const Rows& rows, int count) {
+  void find_c(int64_t batch, int64_t h, int64_t t, const Words<>& rows, int count) {
     const int64_t row = (batch * p.heads + h) * p.queries + t;
     if (!again) {
       for (int i = 0; i < count; ++i) {
@@ -211,7 +214,7 @@ class Backward {
   // A row of `to` = mul · gradient of its features · the map's slope at the same row of `at`.
   void store_through_map(const Strided& to, const Strided& at, int64_t batch, int64_t h, int64_t t,
                          const float* of_features, float mul) const {
-    with_type(p.dtype, [&](auto of) {
+    with_type<PAIRS>(p.dtype, [&](auto of) {
       auto* dst = row_of<decltype(of)>(to, batch, h, t);
       const auto* x = row_of<decltype(of)>(at, batch, h, t);
       with_map(p.map, [&](auto map) {
@@ -238,10 +241,15 @@ class Backward {
     for (int64_t t = last_chunk(s); t >= s.from; t -= CHUNK) {
       const int count = int(std::min<int64_t>(CHUNK, s.to - t));
       tile.load_keys(s.batch, hs, t, count);
-      Rows &dk = of_keys, &dv = of_values;
-      transpose(grad.main.at(0), grad.main.ld, grad_t, tile.k.ld, vectors(p.features), g.padded);
-      tile.cross(tile.keys_at_end(), grad.main, dv, count);
-      gemm({tile.v.at(0), tile.v.ld, 1, grad_t, tile.k.ld, dk.at(0), dk.ld, nullptr, 0, p.values}, count, dk.padded / W);
+      Words<>&dk = of_keys, &dv = of_values;
+      tile.cross(tile.keys_at_end(), grad.second(), grad.second_ld, dv, count);
+      if (b.grad_sums) {
+        transpose(grad.main.at(0), grad.main.ld, grad_t, tile.k.ld, vectors(p.features), g.padded);
+        tile.cross_exact(tile.v, grad_t, tile.k.ld, dk, count);
+      } else {
+        grad.turn(grad_t, tile.k.ld);
+        tile.cross(tile.v, grad_t, tile.k.ld, dk, count);
+      }
       if (p.normalize)
         for (int j = 0; j < count; ++j)
           for (int d = 0; d < dk.padded; d += W) store(dk.at(j) + d, load(dk.at(j) + d) + load(grad.sum + d));
@@ -251,8 +259,8 @@ class Backward {
       int spoilt = lost ? CHUNK : 0;  // keys before this one
       if (p.causal) {
         grad.shrink(tile.decay.whole);
-        transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
-        transpose(tile.v.at(0), tile.v.ld, v_t, tile.ld, vectors(count), tile.v.padded);
+        tile.k.turn(k_t, tile.ld, count);
+        tile.v.turn(v_t, tile.ld, count);
         for (int64_t n = 0; n < tile.group; ++n) {
           load_rows(s.batch, hs * tile.group + n, t, count, true);
           spoilt = std::max(spoilt, last_bad_row() + 1);
@@ -283,7 +291,7 @@ class Backward {
       vf sum{};
       for (int j = 0; j < i; j += W) {
         const vf x = load(w + j) * (load(of + j) + c[i]);
-        const vf y = Tile::lanes() + j < i ? x : vf{};
+        const vf y = Tile<PAIRS>::lanes() + j < i ? x : vf{};
         store(of_key + j, load(of_key + j) + y);
         sum += y;
       }
@@ -310,12 +318,13 @@ class Backward {
 
   const BackwardParams& b;
   const Params& p;
-  Tile tile;
+  Tile<PAIRS> tile;
   const bool again;  // the sum in c is made again
-  Rows g, early_q, of_keys, of_values;
+  Rows<PAIRS> g, early_q;
+  Words<> of_keys, of_values;
   float c[CHUNK];
   float y[512];
-  State state_t, grad;
+  State<PAIRS> state_t, grad;
   Buffer grad_t, k_t, v_t, of_weights;
 };
 
@@ -336,14 +345,14 @@ inline void sum_heads(const BackwardParams& b, int which, int64_t from, int64_t 
       const float* at = part + ((batch * readers + head * x.share + n) * tokens + t) * size;
       for (int d = 0; d < size; ++d) sum[size_t(d)] += at[d];
     }
-    with_type(p.dtype, [&](auto of) {
+    with_type<false>(p.dtype, [&](auto of) {
       load_row(row_of<decltype(of)>(x, batch, head * x.share, t), source.data(), size, vectors(size));
     });
     with_map(map, [&](auto of) {
       for (int d = 0; d < size; d += W)
         store(sum.data() + d, load(sum.data() + d) * of.slope(load(source.data() + d)));
     });
-    with_type(p.dtype, [&](auto of) {
+    with_type<false>(p.dtype, [&](auto of) {
       store_row(row_of<decltype(of)>(grad, batch, head * x.share, t), sum.data(), size, 1.0f);
     });
   }

@@ -63,8 +63,8 @@ void cut(std::vector<Segment>& segments, std::vector<int64_t>& first, int64_t ba
 
 Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& decay, const OptionalTensor& kv,
               const OptionalTensor& k_sum, const OptionalTensor& key_mask, const OptionalTensor& cu_q,
-              const OptionalTensor& cu_k, const std::string& features, bool causal, bool normalize, double scale,
-              double eps) {
+              const OptionalTensor& cu_k, const std::string& features, bool causal, bool normalize, bool keep_state,
+              double scale, double eps) {
   Call call;
   Params& p = call.p;
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be 4-D");
@@ -86,6 +86,7 @@ Call describe(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalT
   p.map = Map(name - std::begin(NAMES));
   p.causal = causal;
   p.normalize = normalize;
+  p.keep_state = keep_state;
   p.scale = float(scale);
   p.eps = float(eps);
   p.q = strided(q, "q", p.heads);
@@ -182,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
                                                    OptionalTensor cu_q, OptionalTensor cu_k, std::string features,
                                                    bool causal, bool normalize, bool return_state, double scale,
                                                    double eps) {
-  Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, scale, eps);
+  Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, return_state,
+                       scale, eps);
   point(call);
   Params& p = call.p;
   const int64_t n = p.sequences, hs = p.state_heads;
@@ -228,9 +230,10 @@ Tensor decay_gradient(const Call& call, const Tensor& decay, const std::vector<d
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, Tensor out, Tensor den, Tensor q,
     Tensor k, Tensor v, OptionalTensor decay, OptionalTensor kv, OptionalTensor k_sum, OptionalTensor key_mask,
-    OptionalTensor cu_q, OptionalTensor cu_k, std::string features, bool causal, bool normalize, bool,
+    OptionalTensor cu_q, OptionalTensor cu_k, std::string features, bool causal, bool normalize, bool return_state,
     double scale, double eps, Bools needs) {
-  Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, scale, eps);
+  Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, return_state,
+                       scale, eps);
   point(call);
   STD_TORCH_CHECK(needs.size() == 3, "needs: of decay, kv and k_sum");
   Params& p = call.p;

@@ -5,10 +5,15 @@
 
 namespace accel::ACCEL_ISA::linear {
 
+template <bool PAIRS>
 class Forward {
  public:
   explicit Forward(const Params& p)
-      : p(p), tile(p), state(p.features, p.values, p.features), out(p.values), k_t(int64_t(tile.k.padded) * tile.ld) {}
+      : p(p),
+        tile(p),
+        state(p.features, p.values, p.features),
+        out(CHUNK, p.values),
+        k_t(int64_t(tile.k.padded) * tile.ld) {}
 
   // What each run of keys adds to the state, into its slot.
   void states(int64_t from, int64_t to) {
@@ -44,12 +49,14 @@ class Forward {
  private:
   void segment(const Segment& s, int64_t hs) {
     bool lost = begin_state(p, s, hs, state, false);
+    if (!p.causal) second = state.second();
     for (int64_t t = s.from; t < s.to; t += CHUNK) {
       const int count = int(std::min<int64_t>(CHUNK, s.to - t));
       int bad = lost ? 0 : CHUNK;
       if (p.causal) {
         tile.load_keys(s.batch, hs, t, count);
-        transpose(tile.k.at(0), tile.k.ld, k_t, tile.ld, vectors(count), tile.k.padded);
+        tile.k.turn(k_t, tile.ld, count);
+        second = state.second();
         bad = std::min(bad, tile.first_bad_key());
       }
       for (int64_t g = 0; g < tile.group; ++g) rows(s.batch, hs * tile.group + g, t, count, bad);
@@ -63,7 +70,7 @@ class Forward {
 
   // The chunk's keys enter the state.
   void remember(int count) {
-    const Rows& keys = tile.keys_at_end();
+    Rows<PAIRS>& keys = tile.keys_at_end();
     state.shrink(tile.decay.whole);
     tile.accumulate(keys, tile.v, state.main, count);
     if (p.normalize) tile.add_rows(keys, nullptr, state.sum, count);
@@ -72,7 +79,7 @@ class Forward {
   // Output rows of a chunk of queries; those from `bad` on see something that is not finite.
   void rows(int64_t b, int64_t h, int64_t t, int count, int bad) {
     tile.load_queries(b, h, t, count);
-    tile.cross(tile.q, state.main, out, count);
+    tile.cross(tile.q, second, state.second_ld, out, count);
     float den[CHUNK];
     if (p.normalize)
       for (int i = 0; i < count; ++i) den[i] = tile.dot(tile.q.at(i), state.sum, tile.q.padded);
@@ -101,9 +108,10 @@ class Forward {
   }
 
   const Params& p;
-  Tile tile;
-  State state;
-  Rows out;
+  Tile<PAIRS> tile;
+  State<PAIRS> state;
+  const float* second = nullptr;  // operand, which is the state before the chunk
+  Words<> out;
   Buffer k_t;
 };
 

@@ -37,6 +37,7 @@ struct Params {
   Dtype dtype;
   Map map;
   bool causal, normalize;
+  bool keep_state;  // the caller gets the state: in fp32 from the first product on, as it is carried on from
   float scale, eps;
   Strided q, k, v;
   const float* decay;  // null: none

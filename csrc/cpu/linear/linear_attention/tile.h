@@ -1,84 +1,13 @@
-// A chunk of tokens of one head, packed in fp32, and what every pass over chunks does with it.
-//
-// What is not finite is replaced by zero in the operands and remembered, since 0 · NaN would carry it to queries that
-// may not see it; the rows that see it are made NaN when they are stored.
+// A chunk of tokens of one head and what every pass over chunks does with it.
 #pragma once
 
-#include "maps.h"
+#include "rows.h"
 
-#include <algorithm>
-#include <cmath>
-#include <limits>
 #include <vector>
-
-#include "cpu/_pack.h"
 
 namespace accel::ACCEL_ISA::linear {
 
-using namespace accel::linear_attention;
-
-constexpr int CHUNK = 64;
 constexpr int ROWS = 16;  // of a chunk, multiplied with what comes before their end; a multiple of every W
-constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
-
-template <typename T>
-T* row_of(const Strided& x, int64_t b, int64_t h, int64_t t) {
-  return static_cast<T*>(x.data) + b * x.batch + h / x.share * x.head + t * x.token;
-}
-
-// Only what reads and writes rows is made for each dtype; in between all is fp32.
-template <typename F>
-inline void with_type(Dtype dtype, F f) {
-  if (dtype == Dtype::f32) f(float{});
-  if (dtype == Dtype::bf16) f(bf16{});
-  if (dtype == Dtype::f16) f(fp16{});
-}
-
-// Rows of a chunk, with a note of those that held something not finite.
-class Rows : public Words<> {
- public:
-  explicit Rows(int size) : Words<>(CHUNK, size) {}
-
-  void begin() { std::fill_n(bad_, CHUNK, false); }
-
-  // Row `row` = mul · map(src), zeros behind it.
-  template <typename M, typename T>
-  void pack(M, int row, const T* src, float mul) {
-    float* dst = at(row);
-    vf check{};  // 0 · x is NaN for what is not finite
-    int d = 0;
-    for (; d + W <= size; d += W) {
-      const vf x = M::value(load(src + d));
-      check += x * 0.0f;
-      store(dst + d, x * mul);
-    }
-    if (d < size) {
-      float tail[W];
-      load_row(src + d, tail, size - d, W);
-      store(tail, M::value(load(tail)));
-      for (int i = 0; i < W; ++i) dst[d + i] = d + i < size ? tail[i] * mul : 0.0f;
-      check += load(dst + d) * 0.0f;
-      d += W;
-    }
-    for (; d < padded; d += W) store(dst + d, vf{});
-    if (!(sum_lanes(check)[0] == 0.0f)) spoil(row);
-  }
-
-  // What is not finite in a row counts as zero from now on.
-  void spoil(int row) {
-    bad_[row] = true;
-    for (int d = 0; d < padded; ++d)
-      if (!std::isfinite(at(row)[d])) at(row)[d] = 0.0f;
-  }
-
-  bool bad(int row) const { return bad_[row]; }
-  int first_bad() const { return int(std::find(bad_, bad_ + CHUNK, true) - bad_); }
-
-  using Words<>::size;
-
- private:
-  bool bad_[CHUNK] = {};
-};
 
 // Factors of a chunk's pairs by log_decay.
 class Decay {
@@ -133,6 +62,7 @@ class Decay {
 
 // What all passes hold: a chunk's keys and values, its queries, their products, and sums that are carried from chunk to
 // chunk.
+template <bool PAIRS>
 class Tile {
  public:
   explicit Tile(const Params& p)
@@ -144,7 +74,9 @@ class Tile {
         v(p.values),
         late_k(decay.any() ? p.features : 0),
         ld(spread(CHUNK)),
-        weights(CHUNK * ld) {}
+        weights(CHUNK * ld),
+        left_(CHUNK, CHUNK),
+        turned_(CHUNK, CHUNK) {}
 
   void load_keys(int64_t b, int64_t hs, int64_t first, int count) {
     k.begin(), v.begin();
@@ -157,46 +89,68 @@ class Tile {
       pack(v, i, Map::identity, p.v, b, hs, first + i, 1.0f);
     }
     for (int i = count; i < vectors(count); ++i) k.clear(i), v.clear(i);
+    k.round(count, true), v.round(count, false);  // values are bf16 already
     decay.begin(b, hs, first, count);
-    if (decay.any())
-      for (int i = 0; i < count; ++i)
-        for (int d = 0; d < k.padded; d += W) store(late_k.at(i) + d, load(k.at(i) + d) * decay.to_end[i]);
+    if (decay.any()) shrunk(k, decay.to_end, late_k, count);
+  }
+
+  // to = rows of x, each times a number.
+  static void shrunk(const Rows<PAIRS>& x, const float* mul, Rows<PAIRS>& to, int count) {
+    for (int i = 0; i < count; ++i)
+      for (int d = 0; d < x.padded; d += W) store(to.at(i) + d, load(x.at(i) + d) * mul[i]);
+    for (int i = count; i < vectors(count); ++i) to.clear(i);
+    to.round(count, true);
   }
 
   // Row `row` = mul · map of a token of x.
-  void pack(Rows& rows, int row, Map map, const Strided& x, int64_t b, int64_t h, int64_t t, float mul) const {
-    with_type(p.dtype, [&](auto of) {
+  void pack(Rows<PAIRS>& rows, int row, Map map, const Strided& x, int64_t b, int64_t h, int64_t t, float mul) const {
+    with_type<PAIRS>(p.dtype, [&](auto of) {
       const auto* source = row_of<decltype(of)>(x, b, h, t);
       with_map(map, [&](auto f) { rows.pack(f, row, source, mul); });
     });
   }
 
   void put(const Strided& to, int64_t b, int64_t h, int64_t t, const float* from, int n, float mul) const {
-    with_type(p.dtype, [&](auto of) { store_row(row_of<decltype(of)>(to, b, h, t), from, n, mul); });
+    with_type<PAIRS>(p.dtype, [&](auto of) { store_row(row_of<decltype(of)>(to, b, h, t), from, n, mul); });
   }
 
   bool hidden(int64_t b, int64_t t) const { return p.key_mask && !p.key_mask[b * p.keys + t]; }
 
   // Keys as what comes after the chunk sees them.
-  const Rows& keys_at_end() const { return decay.any() ? late_k : k; }
+  Rows<PAIRS>& keys_at_end() { return decay.any() ? late_k : k; }
   int first_bad_key() const { return std::min(k.first_bad(), v.first_bad()); }
 
   void load_queries(int64_t b, int64_t h, int64_t first, int count) {
     q.begin();
     for (int i = 0; i < count; ++i) pack(q, i, p.map, p.q, b, h, first + i, p.scale);
     for (int i = count; i < vectors(count); ++i) q.clear(i);
+    q.round(count, p.causal);
   }
 
   // out (count × columns of the turned b) = a · b, of each row up to the end of its block of ROWS.
-  void lower(const Rows& a, const float* b_t, float* out, int count) const {
+  void lower(const Rows<PAIRS>& a, const float* b_t, float* out, int count) const {
+    const Words<PAIRS>& x = a.words();
     for (int r = 0; r < count; r += ROWS) {
       const int rows = std::min(ROWS, count - r);
-      gemm({a.at(r), a.ld, 1, b_t, ld, out + r * ld, ld, nullptr, 0, a.words}, rows, vectors(r + rows) / W);
+      gemm<PAIRS>({x.at(r), x.ld, 1, b_t, ld, out + r * ld, ld, nullptr, 0, x.words}, rows, vectors(r + rows) / W);
     }
   }
 
   // out += x · b for x as lower() makes it, zero behind the diagonal.
-  void add_lower(const float* x, const Rows& b, Rows& out, int count) const {
+  void add_lower(const float* x, Rows<PAIRS>& b, Words<>& out, int count) {
+    if constexpr (!PAIRS) return add_lower_exact(x, b, out, count);
+    left_.begin(0);
+    for (int i = 0; i < count; ++i) left_.fill_row(i, 0, filled(i), [&](int j) { return load(x + i * ld + j); });
+    for (int r = 0; r < count; r += ROWS) {
+      const int rows = std::min(ROWS, count - r);
+      Gemm g = left_.times(b.summed(count), 0, r + rows, out.at(r), out.ld, out.at(r));
+      g.a += r * g.row_a;
+      gemm<PAIRS>(g, rows, out.padded / W);
+    }
+  }
+
+  // The same with x that is not rounded.
+  void add_lower_exact(const float* x, const Rows<PAIRS>& b, Words<>& out, int count) const {
     for (int r = 0; r < count; r += ROWS) {
       const int rows = std::min(ROWS, count - r);
       gemm({x + r * ld, ld, 1, b.at(0), b.ld, out.at(r), out.ld, out.at(r), out.ld, r + rows}, rows, out.padded / W);
@@ -204,20 +158,34 @@ class Tile {
   }
 
   // out += xᵀ · b.
-  void add_upper(const float* x, const Rows& b, Rows& out, int count) const {
+  void add_upper(const float* x, Rows<PAIRS>& b, Words<>& out, int count) {
+    if constexpr (PAIRS) {
+      turned_.begin(count, 0);
+      for (int i = 0; i < count; i += 2)
+        for (int j = 0; j < filled(i); j += W)
+          turned_.put(i, j, load(x + i * ld + j), i + 1 < count ? load(x + (i + 1) * ld + j) : vf{});
+    } else {
+      turned_.take(x, ld, count, 0, count);
+    }
     for (int r = 0; r < count; r += ROWS) {
-      const int rows = std::min(ROWS, count - r);
-      gemm({x + r * ld + r, 1, ld, b.at(r), b.ld, out.at(r), out.ld, out.at(r), out.ld, count - r}, rows,
-           out.padded / W);
+      const int rows = std::min(ROWS, count - r), before = PAIRS ? r / 2 : r;
+      Gemm g = turned_.times(b.summed(count), out.at(r), out.ld, out.at(r));
+      g.a += before * g.col_a + r;
+      g.b += before * g.ldb;
+      g.K -= before;
+      gemm<PAIRS>(g, rows, out.padded / W);
     }
   }
+
+  // Columns of row i of a product that are made, or zeros.
+  static int filled(int i) { return int(round_up(i + 1, ROWS)); }
 
   // x = decay · (x + add_i) on and before the diagonal, 0 behind it; row(i, sum) gets the sum of each.
   template <typename F>
   void decayed(float* x, int count, const float* add, F row) const {
     for (int i = 0; i < count; ++i) {
       float* w = x + i * ld;
-      const int end = int(round_up(i + 1, W)), filled = int(round_up(i + 1, ROWS));
+      const int end = int(round_up(i + 1, W));
       vf sum{};
       for (int j = 0; j < end; j += W) {
         vf y = load(w + j);
@@ -227,7 +195,7 @@ class Tile {
         store(w + j, y);
         sum += y;
       }
-      for (int j = end; j < filled; j += W) store(w + j, vf{});
+      for (int j = end; j < filled(i); j += W) store(w + j, vf{});
       row(i, sum_lanes(sum)[0]);
     }
   }
@@ -238,23 +206,31 @@ class Tile {
     return x;
   }
 
-  // rows (count × F or E) = a (count × K) · state (K rows).
-  static void cross(const Rows& a, const Words<>& state, Rows& out, int count) {
-    gemm({a.at(0), a.ld, 1, state.at(0), state.ld, out.at(0), out.ld, nullptr, 0, a.words}, count, out.padded / W);
+  // rows (count × F or E) = a (count × K) · state (K rows), or what else is a product's second operand.
+  static void cross(const Rows<PAIRS>& a, const float* state, int state_ld, Words<>& out, int count) {
+    const Words<PAIRS>& x = a.words();
+    gemm<PAIRS>({x.at(0), x.ld, 1, state, state_ld, out.at(0), out.ld, nullptr, 0, x.words}, count, out.padded / W);
+  }
+
+  // The same with a state that is not rounded.
+  static void cross_exact(const Rows<PAIRS>& a, const float* state, int state_ld, Words<>& out, int count) {
+    gemm({a.at(0), a.ld, 1, state, state_ld, out.at(0), out.ld, nullptr, 0, a.size}, count, out.padded / W);
   }
 
   // state += aᵀ · b, over `count` tokens.
-  static void accumulate(const Rows& a, const Rows& b, Words<>& state, int count) {
-    gemm({a.at(0), 1, a.ld, b.at(0), b.ld, state.at(0), state.ld, state.at(0), state.ld, count}, a.words,
-         state.padded / W);
+  static void accumulate(Rows<PAIRS>& a, Rows<PAIRS>& b, Words<>& state, int count) {
+    const Summed<PAIRS>&x = a.summed(count), &y = b.summed(count);
+    gemm<PAIRS>({x.at(0), 1, x.ld, y.at(0), y.ld, state.at(0), state.ld, state.at(0), state.ld,
+                 PAIRS ? (count + 1) / 2 : count},
+                a.size, state.padded / W);
   }
 
-  static void add_rows(const Rows& a, const float* mul, float* sum, int count) {
+  static void add_rows(const Rows<PAIRS>& a, const float* mul, float* sum, int count) {
     for (int i = 0; i < count; ++i)
       for (int d = 0; d < a.padded; d += W) store(sum + d, load(sum + d) + load(a.at(i) + d) * (mul ? mul[i] : 1.0f));
   }
 
-  static void scale_rows(Rows& x, const float* mul, int count) {
+  static void scale_rows(Words<>& x, const float* mul, int count) {
     for (int i = 0; i < count; ++i)
       for (int d = 0; d < x.padded; d += W) store(x.at(i) + d, load(x.at(i) + d) * mul[i]);
   }
@@ -268,16 +244,51 @@ class Tile {
   const Params& p;
   const int64_t group;  // output heads to a state head
   Decay decay;
-  Rows q, k, v, late_k;
+  Rows<PAIRS> q, k, v, late_k;
   const int ld;  // of the rows of products
   Buffer weights;
+
+ private:
+  Weights<PAIRS> left_;
+  TurnedWeights<PAIRS> turned_;
 };
 
 // Sums that are carried along a sequence: rows × columns, and one for the denominator.
+template <bool PAIRS>
 class State {
  public:
   State(int rows, int columns, int sums)
-      : main(vectors(rows), columns), rows(rows), columns(columns), sum(vectors(sums)), sums(sums) {}
+      : main(vectors(rows), columns),
+        rows(rows),
+        columns(columns),
+        sum(vectors(sums)),
+        sums(sums),
+        second_ld(PAIRS ? spread(columns) : main.ld),
+        mated_(PAIRS ? (rows + 1) / 2 * second_ld : 0),
+        rounded_(PAIRS ? vectors(rows) : 0, columns) {}
+
+  // `main` as a product's second operand, as it is now.
+  const float* second() {
+    if constexpr (!PAIRS) return main.at(0);
+    for (int i = 0; i < rows; i += 2)
+      for (int d = 0; d < main.padded; d += W)
+        store_mated(mated_ + i / 2 * second_ld + d, load(main.at(i) + d), load(main.at(i + 1) + d));
+    return mated_;
+  }
+
+  // to = that of `main` turned round.
+  void turn(float* to, int to_ld) {
+    if constexpr (PAIRS) {
+      for (int i = 0; i < vectors(rows); ++i)
+        for (int d = 0; d < main.padded; d += 2 * W) {
+          const float* at = main.at(i) + d;
+          store_halves(rounded_.at(i) + d / 2, load(at), d + W < main.padded ? load(at + W) : vf{});
+        }
+      transpose(rounded_.at(0), rounded_.ld, to, to_ld, vectors(rows), rounded_.padded);
+    } else {
+      transpose(main.at(0), main.ld, to, to_ld, vectors(rows), main.padded);
+    }
+  }
 
   void clear() {
     for (int i = 0; i < vectors(rows); ++i) main.clear(i);  // a transposition reads whole vectors of rows
@@ -316,7 +327,11 @@ class State {
   Words<> main;
   const int rows, columns;
   Buffer sum;
-  const int sums;
+  const int sums, second_ld;
+
+ private:
+  Buffer mated_;
+  Words<PAIRS> rounded_;
 };
 
 // The place of a state among those of all slots and heads, and among those that the caller gives.
@@ -333,7 +348,8 @@ inline F* sum_of(const Params& p, F* k_sum, int64_t n, int64_t hs) {
 }
 
 // The state that the first queries of a run see, and whether it is lost.
-inline bool begin_state(const Params& p, const Segment& s, int64_t hs, State& state, bool turned) {
+template <bool PAIRS>
+bool begin_state(const Params& p, const Segment& s, int64_t hs, State<PAIRS>& state, bool turned) {
   if (p.causal && s.first) {
     state.read(kv_of(p, p.kv, s.sequence, hs), sum_of(p, p.k_sum, s.sequence, hs), turned);
     return false;
