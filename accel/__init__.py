@@ -15,6 +15,11 @@ from accel.ops.deformable.ms_deform_attn import ms_deform_attn
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.linear_attention import linear_attention
 from accel.ops.linear.linear_attention_step import linear_attention_step
+from accel.ops.moe.balance import MoeLoad, moe_balance_loss, moe_load, moe_z_loss
+from accel.ops.moe.expert_choice import moe_route_experts
+from accel.ops.moe.moe_permute import moe_permute
+from accel.ops.moe.moe_route import moe_route
+from accel.ops.moe.moe_unpermute import moe_unpermute
 from accel.ops.rules import BlockCausal, BlockDiffusion, Grid2D, PrefixLM, T5Buckets
 from accel.ops.windows.window_attention import window_attention
 from accel.packing import pad, unpad
@@ -24,6 +29,7 @@ __all__ = [
     "BlockCausal",
     "BlockDiffusion",
     "Grid2D",
+    "MoeLoad",
     "PrefixLM",
     "T5Buckets",
     "__version__",
@@ -34,6 +40,13 @@ __all__ = [
     "gau_attention",
     "linear_attention",
     "linear_attention_step",
+    "moe_balance_loss",
+    "moe_load",
+    "moe_permute",
+    "moe_route",
+    "moe_route_experts",
+    "moe_unpermute",
+    "moe_z_loss",
     "ms_deform_attn",
     "nn",
     "pad",

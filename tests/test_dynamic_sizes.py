@@ -48,6 +48,12 @@ def levels(high: Tensor, low: Tensor, locations: Tensor, weights: Tensor) -> Ten
     return accel.ms_deform_attn(value, shapes, None, locations, weights)
 
 
+def there_and_back(x: Tensor, scores: Tensor, weights: Tensor) -> Tensor:
+    """To experts that ``scores`` of 0 to 1 name, some of them of nobody, and back to the tokens."""
+    rows, plan = accel.moe_permute(x, (scores * 8).long() - 1, 6, capacity=9, align=4)
+    return accel.moe_unpermute(rows.square(), plan, weights)
+
+
 # Sizes of the first turn all differ: a graph takes two that are equal there for one and the same.
 CALLS = {
     "softmax_attention": Call(
@@ -120,6 +126,26 @@ CALLS = {
             "U": (11, 6, 3),
         },
         "BMDQPYXVU",
+    ),
+    "moe_route": Call(
+        lambda logits, bias: accel.moe_route(
+            logits, 4, score="sigmoid", bias=bias, num_groups=2, topk_groups=1, group_score="max"
+        )[0],
+        ("T X", "X"),
+        {"T": (5, 9, 3), "X": (10, 8, 14)},
+        "T",
+    ),
+    "moe_permute": Call(
+        lambda x, scores: accel.moe_permute(x, (scores * 8).long() - 1, 6, align=4)[0],
+        ("T C", "T K"),
+        {"T": (5, 9, 3), "C": (7, 4, 12), "K": (2, 3, 5)},
+        "TCK",
+    ),
+    "moe_unpermute": Call(
+        there_and_back,
+        ("T C", "T K", "T K"),
+        {"T": (5, 9, 3), "C": (7, 4, 12), "K": (2, 3, 6)},
+        "TCK",
     ),
     "ps_roi_align": Call(
         lambda input, boxes: accel.ps_roi_align(input, boxes, (2, 3), 6.0),

@@ -2,6 +2,7 @@
 
 from accel.nn.attention import MultiHeadAttention
 from accel.nn.deform import DeformConv2d, ModulatedDeformConv2d
+from accel.nn.expert_bias import ExpertBias
 from accel.nn.gated import FLASH, GatedAttentionUnit, ScaleNorm
 from accel.nn.linear import LinearAttention
 from accel.nn.windows import (
@@ -16,6 +17,7 @@ from accel.nn.windows import (
 __all__ = [
     "FLASH",
     "DeformConv2d",
+    "ExpertBias",
     "GatedAttentionUnit",
     "LinearAttention",
     "ModulatedDeformConv2d",
