@@ -41,7 +41,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "case", "dtype"), CALLS, ids=str)
+@pytest.mark.parametrize(("function", "case", "dtype"), CALLS, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_output_and_gradients(function, case, dtype):
     testing.values.check_values(function, case, "triton", dtype, DEVICE)
 
