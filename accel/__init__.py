@@ -15,8 +15,11 @@ from accel.ops.deformable.ms_deform_attn import ms_deform_attn
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.linear_attention import linear_attention
 from accel.ops.linear.linear_attention_step import linear_attention_step
+from accel.ops.moe.activations import ExpertActivation
 from accel.ops.moe.balance import MoeLoad, moe_balance_loss, moe_load, moe_z_loss
 from accel.ops.moe.expert_choice import moe_route_experts
+from accel.ops.moe.grouped_linear import grouped_linear
+from accel.ops.moe.moe_experts import moe_experts
 from accel.ops.moe.moe_permute import moe_permute
 from accel.ops.moe.moe_route import moe_route
 from accel.ops.moe.moe_unpermute import moe_unpermute
@@ -28,6 +31,7 @@ from accel.sdpa import scaled_dot_product_attention
 __all__ = [
     "BlockCausal",
     "BlockDiffusion",
+    "ExpertActivation",
     "Grid2D",
     "MoeLoad",
     "PrefixLM",
@@ -38,9 +42,11 @@ __all__ = [
     "explain",
     "flash_mix",
     "gau_attention",
+    "grouped_linear",
     "linear_attention",
     "linear_attention_step",
     "moe_balance_loss",
+    "moe_experts",
     "moe_load",
     "moe_permute",
     "moe_route",

@@ -33,6 +33,12 @@ def _register_mask(module: ModuleType) -> None:
     module.AttentionMaskInterface.register(transformers_interface.EAGER_MASKS, transformers_interface.eager_mask)
 
 
+def _register_experts(module: ModuleType) -> None:
+    from accel.patches import transformers_experts
+
+    module.ExpertsInterface.register(transformers_experts.NAME, transformers_experts.experts)
+
+
 def _register_weights(module: ModuleType) -> None:
     from accel.patches import transformers_by_name
 
@@ -43,6 +49,7 @@ _REGISTRIES = {
     "transformers.configuration_utils": _register_weights,
     "transformers.modeling_utils": _register_attention,
     "transformers.masking_utils": _register_mask,
+    "transformers.integrations.moe": _register_experts,
 }
 """What to do once a module has been executed."""
 

@@ -12,9 +12,11 @@ from accel.benchmarks import (
     flash_mix,
     flash_training,
     gau_attention,
+    grouped_linear,
     linear_attention,
     linear_attention_step,
     models,
+    moe_experts,
     ms_deform_attn,
     ps_roi_align,
     ps_roi_pool,
@@ -43,6 +45,7 @@ FAMILIES = (
     Family("deformable", 75, (ms_deform_attn, deform_conv2d, deform_attention2d)),
     Family("boxes", 20, (ps_roi_align, ps_roi_pool)),
     Family("linear", 10, (linear_attention, linear_attention_step, gau_attention, flash_mix, flash_training)),
+    Family("moe", 15, (moe_experts, grouped_linear)),
 )
 BUDGET = 270.0
 """Seconds of the short run, after which nothing new begins; with the set-up (150 s) it ends within 8 minutes."""

@@ -6,6 +6,7 @@ most (:class:`Short`). ``run_case`` turns a case into :class:`Row`s, one per mod
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ ONE_THREAD = "one thread"  # ours again, to see what more threads gain
 RIVAL_SLACK = 4.0
 LARGE = 1 << 26  # elements of an input beyond which the reference is fp32: fp64 would take eight times the input
 MODES = ("forward", "backward", "forward+backward")
+COLD = 1 << 28  # bytes of what is to be cold, over all its copies: more than a last-level cache holds
 
 
 # --- what a benchmark file describes ---
@@ -92,6 +94,7 @@ class Case:
     costs: Mapping[str, Cost]  # mode -> cost; its keys are the modes to measure
     family: str  # of accel.testing.TOLERANCES; gradients are judged by family + "_grad"
     tokens: int | None = None  # of the whole batch, where the time a token is of interest
+    cold: tuple[int, ...] = ()  # inputs that no cache holds in use: weights of which a step reads a part, once
 
     @property
     def label(self) -> str:
@@ -269,23 +272,35 @@ def _slack(provider: Provider) -> float:
 # --- a case becomes rows ---
 
 
+def _turns(case: Case, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    """The inputs, and others in which copies stand for what is cold: called in turn, each is out of every cache."""
+    size = sum(inputs[i].nbytes for i in case.cold)
+    copies = -(-COLD // size) - 1 if size else 0
+    others = [tuple([x.clone() if i in case.cold else x for i, x in enumerate(inputs)]) for _ in range(copies)]
+    return [inputs, *others]
+
+
 def _contender(
-    provider: Provider, mode: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+    provider: Provider, mode: str, function: Callable[..., Tensor], turns: Sequence[Sequence[Tensor]], grad: Tensor
 ) -> Contender:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    made: list[Tensor] = []
+    plain = itertools.cycle(turns)
+    training = itertools.cycle([[x.detach().requires_grad_() for x in inputs] for inputs in turns])
+    made: list[tuple[Tensor, list[Tensor]]] = []
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return function(*inputs)
+            return function(*next(plain))
 
     def prepare() -> None:
-        made[:] = [function(*leaves)]
+        leaves = next(training)
+        made[:] = [(function(*leaves), leaves)]
 
     def backward() -> object:
-        return torch.autograd.grad(made.pop(), leaves, grad, allow_unused=True)
+        out, leaves = made.pop()
+        return torch.autograd.grad(out, leaves, grad, allow_unused=True)
 
     def both() -> object:
+        leaves = next(training)
         return torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
 
     def on_its_threads() -> object:
@@ -332,6 +347,7 @@ def run_case(
     say(f"{case.label}: reference")
     inputs = case.inputs(torch.Generator(device).manual_seed(seed))
     truths = _truths(case, inputs, list(case.costs), seed)
+    turns = _turns(case, inputs)
 
     built: dict[str, Callable[..., Tensor]] = {}
     refused: dict[str, str] = {}
@@ -366,7 +382,7 @@ def run_case(
                 if row.reason:
                     row.status = "FAIL"
                     continue
-                contender = _contender(provider, mode, function, inputs, truth.grad)
+                contender = _contender(provider, mode, function, turns, truth.grad)
                 row.peak_mib, row.kept_mib = _peak(contender, device), kept_mib
             except Exception as error:
                 row.status, row.reason = "unavailable", one_line(error)
@@ -392,7 +408,7 @@ class Alone:
         self.backend = provider.backend(*inputs)
         got = _run(function, inputs, None if mode == "forward" else truth.grad)
         self.error, self.reason = truth.judge(got, case, _slack(provider))
-        self.contender = _contender(provider, mode, function, inputs, truth.grad)
+        self.contender = _contender(provider, mode, function, _turns(case, inputs), truth.grad)
 
 
 def _peak(contender: Contender, device: str) -> float | None:

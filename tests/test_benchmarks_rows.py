@@ -275,3 +275,30 @@ def _on_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _to_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda x, *args, **kwargs: x if args == ("cuda",) else function(x, *args, **kwargs)
+
+
+def test_what_is_cold_lies_elsewhere_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the inputs that are named take turns, more of them than a cache holds; the results are the same."""
+    seen: list[tuple[int, int]] = []
+
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        seen.append((x.data_ptr(), y.data_ptr()))
+        return x * y
+
+    case = dataclasses.replace(make_case(provider_of("accel", function)), cold=(1,))
+    x, y = case.inputs(torch.Generator().manual_seed(0))
+    monkeypatch.setattr(harness, "COLD", 3 * y.nbytes)
+    turns = harness._turns(case, (x, y))
+    assert len(turns) == 3
+    assert len({b.data_ptr() for _, b in turns}) == 3
+    assert all(a is x and torch.equal(b, y) for a, b in turns)
+    for mode in ("forward", "backward", "forward+backward"):
+        contender = harness._contender(case.providers[0], mode, function, turns, torch.ones_like(x * y))
+        seen.clear()
+        for _ in range(4):
+            if contender.prepare is not None:
+                contender.prepare()
+            contender.call()
+        assert [b for _, b in seen] == [turns[i % 3][1].data_ptr() for i in range(4)], mode
+        assert len({a for a, _ in seen}) == 1
+    assert harness._turns(dataclasses.replace(case, cold=()), (x, y)) == [(x, y)]

@@ -54,6 +54,11 @@ def there_and_back(x: Tensor, scores: Tensor, weights: Tensor) -> Tensor:
     return accel.moe_unpermute(rows.square(), plan, weights)
 
 
+def mixture(x: Tensor, scores: Tensor, weights: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Experts that ``scores`` of 0 to 1 name, some of them of nobody."""
+    return accel.moe_experts(x, (scores * 8).long() - 1, weights, torch.cat([gate, up], 1), down)
+
+
 # Sizes of the first turn all differ: a graph takes two that are equal there for one and the same.
 CALLS = {
     "softmax_attention": Call(
@@ -146,6 +151,18 @@ CALLS = {
         ("T C", "T K", "T K"),
         {"T": (5, 9, 3), "C": (7, 4, 12), "K": (2, 3, 6)},
         "TCK",
+    ),
+    "grouped_linear": Call(
+        lambda x, weight, bias: accel.grouped_linear(x, weight, torch.arange(weight.shape[0] + 1), bias),
+        ("N C", "X O C", "X O"),
+        {"N": (7, 9, 11), "C": (5, 4, 12), "X": (3, 6, 2), "O": (8, 10, 7)},
+        "NCXO",
+    ),
+    "moe_experts": Call(
+        mixture,
+        ("T C", "T K", "T K", "X I C", "X I C", "X C I"),
+        {"T": (5, 9, 3), "C": (7, 4, 12), "K": (2, 3, 5), "X": (4, 6, 3), "I": (6, 5, 8)},
+        "TCKXI",
     ),
     "ps_roi_align": Call(
         lambda input, boxes: accel.ps_roi_align(input, boxes, (2, 3), 6.0),

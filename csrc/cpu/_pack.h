@@ -19,6 +19,22 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, WRITE);
 }
 
+// `padded` words, whole vectors, that hold `size` elements of T, zeros behind them. T is bf16 where there are PAIRS.
+template <bool PAIRS, typename T>
+inline void copy_words(const T* src, float* words, int size, int padded) {
+  if constexpr (PAIRS) {
+    bf16* dst = reinterpret_cast<bf16*>(words);
+    int d = 0;
+    for (; d + 2 * W <= size; d += 2 * W)
+      *reinterpret_cast<vh2_unaligned*>(dst + d) = *reinterpret_cast<const vh2_unaligned*>(src + d);
+    if (d == 2 * padded) return;
+    std::memcpy(dst + d, src + d, size_t(size - d) * sizeof(bf16));
+    std::memset(dst + size, 0, size_t(2 * padded - size) * sizeof(bf16));
+  } else {
+    load_row(src, words, size, padded);
+  }
+}
+
 // Rows of one operand. In PAIRS a word holds two neighbours of a row and nothing is rounded, so that a factor has to
 // wait for the product.
 template <bool PAIRS = false>
@@ -31,17 +47,7 @@ class Words {
   // Row `row` = that of T, zeros behind it up to `padded`. T is bf16 where there are PAIRS.
   template <typename T>
   void copy(int64_t row, const T* src) {
-    if constexpr (PAIRS) {
-      bf16* dst = reinterpret_cast<bf16*>(at(row));
-      int d = 0;
-      for (; d + 2 * W <= size; d += 2 * W)
-        *reinterpret_cast<vh2_unaligned*>(dst + d) = *reinterpret_cast<const vh2_unaligned*>(src + d);
-      if (d == 2 * padded) return;
-      std::memcpy(dst + d, src + d, size_t(size - d) * sizeof(bf16));
-      std::memset(dst + size, 0, size_t(2 * padded - size) * sizeof(bf16));
-    } else {
-      load_row(src, at(row), size, padded);
-    }
+    copy_words<PAIRS>(src, at(row), size, padded);
   }
 
   void clear(int64_t row) { std::fill_n(at(row), padded, 0.0f); }

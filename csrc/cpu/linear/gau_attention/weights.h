@@ -1,6 +1,7 @@
 // The activations: logits to weights, and their derivatives. A logit of −∞ is a pair that weighs nothing.
 #pragma once
 
+#include "cpu/_curves.h"
 #include "cpu/_logits.h"
 #include "params.h"
 
@@ -13,28 +14,6 @@ struct Weight {
   vf value, slope;
 };
 
-// 2^(x·log2(e)) for x <= 0.
-inline vf exp_nonpositive(vf x) { return exp2_nonpositive(x * LOG2_E); }
-
-inline vf absolute(vf x) { return reinterpret_cast<vf>(reinterpret_cast<vi>(x) & 0x7fffffff); }
-
-// ½·erfc(x), relative error below 4e-7 where it is above 1e-10: Numerical Recipes' Chebyshev fit of log(erfc(x)·(1 + x/2)).
-inline vf half_erfc(vf x) {
-  const vf a = absolute(x), t = 1.0f / (1.0f + 0.5f * a);
-  vf p = splat(0.17087277f);
-  p = p * t - 0.82215223f;
-  p = p * t + 1.48851587f;
-  p = p * t - 1.13520398f;
-  p = p * t + 0.27886807f;
-  p = p * t - 0.18628806f;
-  p = p * t + 0.09678418f;
-  p = p * t + 0.37409196f;
-  p = p * t + 1.00002368f;
-  p = p * t - 1.26551223f;
-  const vf y = 0.5f * t * exp_nonpositive(p - a * a);
-  return x < 0.0f ? 1.0f - y : y;
-}
-
 template <Activation A>
 inline Weight weigh(vf x) {
   const vf zero{};
@@ -45,8 +24,8 @@ inline Weight weigh(vf x) {
     const vf z = (x - 0.70710678f) * 2.50662827f;  // (x − √½)·√(2π)
     return {half_erfc(-z), 1.41421356f * exp_nonpositive(-z * z)};
   } else {
-    const vf e = exp_nonpositive(-absolute(x)), inverse = 1.0f / (1.0f + e);
-    const vf s = x < 0.0f ? e * inverse : inverse, falling = s * (x < 0.0f ? inverse : e * inverse);  // s·(1 − s)
+    vf falling;
+    const vf s = sigmoid(x, &falling);
     if constexpr (A == Activation::sigmoid) return {s, falling};
     const vf none = splat(NEG_INF);
     return {x == none ? zero : x * s, x == none ? zero : s + x * falling};
