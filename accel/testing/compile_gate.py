@@ -37,10 +37,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 KEPT = Path(__file__).resolve().parents[2] / "tests" / "compile_gate.json"
 FIRST = 90
 """The generation that a case is compiled for if it admits it."""
-CHOSEN_WITH = "3.7."
-"""The Triton that tiles were chosen with."""
 STACK_LIMIT = 32
-OTHER_LIMIT = 128  # with another Triton, which shares out registers in its own way
 # of a block; what compiles for sm_80 also runs on sm_86 and sm_89 (RTX 30 and 40), which have less than the A100
 SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 
@@ -140,8 +137,7 @@ def compile_case(case: Any, architecture: int) -> Result:
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=case.options)
         registers, stack = _resources(compiled.asm["cubin"])
         seconds = time.perf_counter() - start
-        least = STACK_LIMIT if triton.__version__.startswith(CHOSEN_WITH) else OTHER_LIMIT
-        limit = max(least, case.spill)
+        limit = max(STACK_LIMIT, case.spill)
         return Result(case.name, architecture, registers, stack, compiled.metadata.shared, seconds, stack_limit=limit)
     except Exception as error:
         seconds = time.perf_counter() - start
