@@ -29,8 +29,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 endif
-# what is imported is compiled then; the rest, most of it, need not be
-PIP := $(RUN) -m pip install -q --no-compile -c $(CONSTRAINTS)
+PIP := $(RUN) -m pip install -q -c $(CONSTRAINTS)
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') setup.py
 
