@@ -29,6 +29,13 @@ from accel.ops.moe.moe_experts import OP
 NAME = "moe_experts"
 PROVIDERS = ("accel", "even", "grouped_mm", "batched_mm", "eager")
 RIVALS = ("grouped_mm", "batched_mm", "eager")
+
+
+def rivals(tokens: int) -> tuple[str, ...]:
+    """``batched_mm`` copies a choice's weights for it: 18 GiB for 512 tokens of 64 experts, and 200 times our time."""
+    return tuple(name for name in RIVALS if name != "batched_mm" or tokens <= 16)
+
+
 BOTH = "forward+backward"
 Function = Callable[..., Tensor]
 
@@ -155,7 +162,7 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -
     if shape.skewed:
         even = replace(shape, skewed=False)
         providers.append(Provider("even", lambda: ours(even), _backend(even), ours(even, backend="reference")))
-    providers += [Provider(name, functools.partial(theirs, shape, name)) for name in RIVALS]
+    providers += [Provider(name, functools.partial(theirs, shape, name)) for name in rivals(shape.tokens)]
     return Case(
         op=NAME,
         group=shape.group,
@@ -221,7 +228,7 @@ def _goals() -> Iterator[Goal]:
     for mode, table in (("forward", FORWARD), (BOTH, TRAINING)):
         for ((group, machine, dtype), bounds), rival in itertools.product(table.items(), RIVALS):
             for tokens, bound in zip((1, 16, 512), bounds, strict=True):
-                if bound is not None:
+                if bound is not None and rival in rivals(tokens):
                     where = {"group": group, "dtype": dtype, "mode": mode, "variant": f"T {tokens}"}
                     name = f"{group}, {tokens} tokens, {mode}, {dtype}, against {rival}"
                     yield Goal(name, NAME, "speedup", "cpu", where, rival, at_least=bound, machine=machine)
