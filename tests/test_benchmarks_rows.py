@@ -96,7 +96,10 @@ def test_a_rival_that_cannot_be_built_is_a_reason_and_the_rest_goes_on() -> None
 
 def test_backward_alone_times_the_gradient_and_is_right() -> None:
     rows = rows_of(make_case(provider_of("accel", lambda x, y: x * y), modes=["backward"]), _timing.CpuClock())
-    assert (rows[0].status, rows[0].samples) == ("ok", 3)
+    assert rows[0].status == "ok"
+    assert rows[0].samples + rows[0].left_out >= 3, "rounds in which the machine was not itself are left out"
+    assert rows[0].p50_ms is not None
+    assert rows[0].p50_ms > 0.0
 
 
 # --- goals ---
