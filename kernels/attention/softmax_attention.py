@@ -23,7 +23,8 @@ from accel.kernels.attention import biases_launch as biases
 from accel.kernels.attention import forward as forwards
 from accel.kernels.attention.arguments import Tile, Upstream, head_block, launch, launch_call, plain, shared
 from accel.kernels.attention.spans import span_launches
-from accel.ops.attention.softmax_attention import Args, adds, empty_like_layout
+from accel.ops.attention.softmax_attention import Args, adds
+from accel.ops.layout import empty_like_layout
 
 # --- tiles ---
 

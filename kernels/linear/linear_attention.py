@@ -29,7 +29,7 @@ from accel.kernels.linear.arguments import (
     parts_of,
     tile_of,
 )
-from accel.ops.attention.softmax_attention import empty_like_layout
+from accel.ops.layout import empty_like_layout
 from accel.ops.linear.linear_attention import Args
 
 

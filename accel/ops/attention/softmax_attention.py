@@ -13,8 +13,7 @@ from torch import Tensor
 from accel import backends, dispatch, library, philox
 from accel.backends import HALF_DTYPES, KERNEL_DTYPES, inner_dtype
 from accel.ops.attention import cudnn, flash_cpu
-from accel.ops.layout import empty_like_layout as empty_like_layout  # the Triton leaf reads it here
-from accel.ops.layout import finite, rows_contiguous
+from accel.ops.layout import empty_like_layout, finite, rows_contiguous
 from accel.ops.pairs import (
     add_biases,
     check_numbers,
