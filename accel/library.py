@@ -61,8 +61,11 @@ def differentiable(
     sizes_only: Sequence[str] = (),
     lay_out: Callable[[Tensor, A], Tensor] = _contiguous,
 ) -> Callable[..., Any]:
-    """Register ``accel::<name>_forward`` and ``accel::<name>_backward``; return ``run(args, backend)`` for the op's
+    """Register ``accel::<name>_forward`` and ``accel::<name>_backward``; return ``run(args, backend, used)`` for the op's
     public function.
+
+    ``used`` says how many of the differentiable outputs the caller gets, None for all: the backward receives None as the
+    gradient of the others, in compiled code too, which makes zeros for an output that is only thrown away.
 
     A backend's ``forward`` receives the fields of ``args``. Its ``backward`` receives the gradient of each
     differentiable output, the outputs that are kept, the fields, and ``needs``, a bool for each gradient that is
@@ -115,16 +118,19 @@ def differentiable(
         fake_gradients,
         lambda *given: backward_flops(*read(given)),
     )
-    recorded = _autograd(args, reference, layout, forward_op, backward_op, gradients, always, lay_out)
+    recorded = {
+        used: _autograd(args, reference, layout, forward_op, backward_op, gradients, always, lay_out, used)
+        for used in range(1, differentiable_outputs + 1)
+    }
     required = [i for i, kind in enumerate(layout.kinds) if kind == "Tensor"]
 
-    def run(given: A, backend: str | None = None) -> Any:
+    def run(given: A, backend: str | None = None, used: int | None = None) -> Any:
         chosen = dispatch.select(dispatch.OPS[name], given, backend)
         if chosen.name == "reference" or any([given[i].numel() == 0 for i in required]):
             with without_autocast(given[0]):
                 return reference(*given)
         if differentiated(name, given[:gradients]):
-            return recorded.apply(*given, chosen.name)
+            return recorded[used or differentiable_outputs].apply(*given, chosen.name)
         return forward_op(*given, chosen.name)  # torch.compile cannot trace autograd where nothing requires a gradient
 
     return run
@@ -248,10 +254,12 @@ def _autograd(
     gradients: int,
     always: int,
     lay_out: Callable[[Tensor, A], Tensor],
+    upstream: int,
 ) -> Any:
-    """The ``autograd.Function`` around the two ops of a declaration."""
+    """The ``autograd.Function`` around the two ops of a declaration, of which the first ``upstream`` outputs are used."""
     kept, sized, tensors, asks = layout.kept, layout.sized, layout.tensors, layout.asks
-    results, upstream, kept_outputs = len(layout.outputs), layout.differentiable_outputs, layout.kept_outputs
+    results, kept_outputs = len(layout.outputs), layout.kept_outputs
+    unused = [None] * (layout.differentiable_outputs - upstream)
 
     class Recorded(torch.autograd.Function):
         @staticmethod
@@ -284,7 +292,7 @@ def _autograd(
             given = args(*fields, *rest)
             laid_out = [None if g is None else lay_out(g, given) for g in grads[:upstream]]
             needs = [list(needed[always:gradients])] if asks else []
-            found = once_differentiable(backward_op, *laid_out, *saved, *ctx.sizes, *rest, *needs, backend)
+            found = once_differentiable(backward_op, *laid_out, *unused, *saved, *ctx.sizes, *rest, *needs, backend)
             pairs = zip([found] if gradients == 1 else found, fields, needed, strict=False)
             made = [_in_dtype_of(x, g) if wanted else None for g, x, wanted in pairs]
             return *made, *([None] * (len(needed) - gradients))

@@ -259,6 +259,29 @@ def test_what_is_finite_stays_as_torch_computed_it(stand_in: None, monkeypatch: 
 
 
 @interpreted
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_compiled_it_computes_the_backward_too(
+    return_lse: bool, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled code makes zeros for the gradient of a log-sum-exp that the caller got; of none there is none."""
+    tensors, ran, computed = inputs(), [], cudnn.backward
+    monkeypatch.setattr(cudnn, "backward", lambda *given: ran.append("torch") or computed(*given))
+
+    def attend(backend: str, **given: torch.Tensor) -> torch.Tensor:
+        made = accel.softmax_attention(**given, scale=0.3, return_lse=return_lse, backend=backend)
+        return made[0] if isinstance(made, tuple) else made
+
+    torch._dynamo.reset()
+    try:
+        got = testing.run(torch.compile(attend, fullgraph=True), tensors, {}, "torch")
+    finally:
+        torch._dynamo.reset()
+    assert ran == ([] if return_lse else ["torch"])
+    for name, expected in testing.run(attend, testing.double(tensors), {}, "reference").named().items():
+        assert_close(got.named()[name], expected, "softmax_few_grad", torch.float32, name)
+
+
+@interpreted
 def test_a_gradient_of_the_log_sum_exp_and_determinism_take_our_backward(
     stand_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -419,7 +419,7 @@ def softmax_attention(
         cu_seqlens_k=cu_seqlens_k,
         dropout_p=dropout_p,
     )
-    out, lse, *_ = _run(args, backend)
+    out, lse, *_ = _run(args, backend, 2 if return_lse else 1)
     return (out, lse) if return_lse else out
 
 

@@ -359,7 +359,7 @@ def linear_attention(
         position=position,
         eps=eps,
     )
-    out, kv, k_sum, _ = _run(args, backend)
+    out, kv, k_sum, _ = _run(args, backend, 3 if return_state else 1)
     return (out, (kv, k_sum if args.normalize else None)) if return_state else out
 
 
