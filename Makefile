@@ -1,5 +1,6 @@
 # make bench         set up .venv, build, run the main job: patched Swin models, proof of equality, speed
 # make test          the same set-up, then every check that CI runs
+# make settle        tests of emulated kernels whose sources have changed; make test runs an eighth of the others
 # make test-newest   the same checks beside the newest torch, in .venv-newest (a CUDA build: 6 GB)
 # make sweep        every family of transformers and timm, tiny, with the kernels; what became of them, as a page
 # SYSTEM=1           use the interpreter at hand with what it already has, without a network; builds in place
@@ -20,14 +21,16 @@ ONE_THREAD := OMP_NUM_THREADS=1
 
 ifeq ($(SYSTEM),1)
 RUN := $(PYTHON)
-STAMP := build/.system
-TOOLS := $(STAMP)
+NATIVE := build/.system
+BENCHED := $(NATIVE)
+TESTED := $(NATIVE)
 PARALLEL :=
 ONE_THREAD :=
 else
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.installed
-TOOLS := $(VENV)/.tools
+NATIVE := $(VENV)/.native
+BENCHED := $(VENV)/.bench
+TESTED := $(VENV)/.test
 endif
 PIP := $(RUN) -m pip install -q -c $(CONSTRAINTS)
 
@@ -36,33 +39,42 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -na
 # $(call timed,what,command): runs the command and says how long it took
 timed = @start=$$(date +%s); $(2); code=$$?; echo "== $(1) took $$(($$(date +%s) - start)) s"; exit $$code
 
-.PHONY: install tools bench test test-newest sweep lint gpu clean
+.PHONY: install tools bench test settle test-newest sweep lint gpu clean
 
-install: $(STAMP)
+# the native kernels are compiled while pip unpacks what else is needed
+install:
+	@$(MAKE) --no-print-directory -j2 $(NATIVE) $(BENCHED)
 
-tools: $(TOOLS)
+tools:
+	@$(MAKE) --no-print-directory -j2 $(NATIVE) $(TESTED)
 
-$(VENV)/.installed: pyproject.toml Makefile $(CONSTRAINTS) $(SOURCES)
-	@echo "== python environment in $(VENV)"
+$(VENV)/.torch: pyproject.toml Makefile $(CONSTRAINTS)
+	@echo "== python environment in $(VENV), torch"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) pip
-	@echo "== torch"
 	$(PIP) torch $(BUILD)
-	@echo "== triton, torchvision, what benchmarks need"
-	$(PIP) $(BENCH)
-	$(PIP) --no-deps torchvision
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.torch $(SOURCES)
 	@echo "== native kernels"
 	ACCEL_REQUIRE_NATIVE=1 $(PIP) --no-build-isolation --no-deps -e .
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.torch
+	@echo "== triton, torchvision, what benchmarks need"
+	$(PIP) $(BENCH)
+	$(PIP) --no-deps torchvision
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch
+	@echo "== triton, torchvision, test tools and the libraries that are patched"
+	$(PIP) $(BENCH) $(TEST)
+	$(PIP) --no-deps torchvision
+	@touch $@ $(VENV)/.bench
+
 build/.system: $(SOURCES)
 	ACCEL_REQUIRE_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
 	@mkdir -p build && touch $@
-
-$(VENV)/.tools: $(VENV)/.installed
-	@echo "== test tools and the libraries that are patched"
-	$(PIP) $(TEST)
-	@touch $@
 
 build/newest.txt: constraints.txt Makefile
 	@mkdir -p build
@@ -84,7 +96,10 @@ ifneq ($(SYSTEM),1)
 	$(call timed,lint,$(MAKE) --no-print-directory lint)
 endif
 	$(RUN) -m accel doctor
-	$(call timed,tests,ACCEL_REQUIRE_NATIVE=1 $(ONE_THREAD) $(RUN) -m pytest -q $(PARALLEL) -m "not slow and not gpu" --durations=15)
+	$(call timed,tests,ACCEL_REQUIRE_NATIVE=1 $(ONE_THREAD) $(RUN) -m pytest -q $(PARALLEL) -m "not slow and not gpu" --settled --durations=15)
+
+settle: tools
+	$(ONE_THREAD) $(RUN) tests/_settled.py
 
 test-newest: build/newest.txt
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=build/newest.txt

@@ -1,6 +1,7 @@
 import contextlib
 import os
 
+import _settled
 import pytest
 import torch
 
@@ -26,6 +27,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes goes first, so that one process does not end with it while the other waits."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--settled", action="store_true", help=f"of what {_settled.KEPT.name} holds, run one test in eight"
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if not config.getoption("--settled"):
+        return None
+    still, files = _settled.settled(), _settled.files()
+    changed = ", ".join(sorted(set(files) - still)) or "none"
+    return f"emulated kernels: one test in {_settled.EVERY} of {len(still)} unchanged files; changed since: {changed}"
+
+
+@pytest.hookimpl(trylast=True)  # behind -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--settled"):
+        out = _settled.left_out([item.nodeid for item in items])
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in out])
+        items[:] = [item for item in items if item.nodeid not in out]
+    # What takes minutes goes first, so that one process does not end with it while the other waits.
     items.sort(key=lambda item: "test_compile_gate" not in item.nodeid)
