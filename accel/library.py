@@ -61,11 +61,11 @@ def differentiable(
     sizes_only: Sequence[str] = (),
     lay_out: Callable[[Tensor, A], Tensor] = _contiguous,
 ) -> Callable[..., Any]:
-    """Register ``accel::<name>_forward`` and ``accel::<name>_backward``; return ``run(args, backend, used)`` for the op's
-    public function.
+    """Register ``accel::<name>_forward`` and ``accel::<name>_backward``; return ``run(args, backend, used)`` for the
+    op's public function.
 
-    ``used`` says how many of the differentiable outputs the caller gets, None for all: the backward receives None as the
-    gradient of the others, in compiled code too, which makes zeros for an output that is only thrown away.
+    ``used`` says how many of the differentiable outputs the caller gets, None for all. The backward receives None as
+    the gradient of the others, in compiled code too, which makes zeros for an output that is only thrown away.
 
     A backend's ``forward`` receives the fields of ``args``. Its ``backward`` receives the gradient of each
     differentiable output, the outputs that are kept, the fields, and ``needs``, a bool for each gradient that is
@@ -256,7 +256,7 @@ def _autograd(
     lay_out: Callable[[Tensor, A], Tensor],
     upstream: int,
 ) -> Any:
-    """The ``autograd.Function`` around the two ops of a declaration, of which the first ``upstream`` outputs are used."""
+    """The ``autograd.Function`` around the two ops of a declaration, whose first ``upstream`` outputs are used."""
     kept, sized, tensors, asks = layout.kept, layout.sized, layout.tensors, layout.asks
     results, kept_outputs = len(layout.outputs), layout.kept_outputs
     unused = [None] * (layout.differentiable_outputs - upstream)
