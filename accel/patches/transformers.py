@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.patches import transformers_bias, transformers_decoders, transformers_deform, transformers_linear
+from accel.patches import (
+    transformers_bias,
+    transformers_decoders,
+    transformers_deform,
+    transformers_linear,
+    transformers_moe,
+)
 from accel.patches.entry import DROPOUT, LINEAR, Entry, why_not_bypass, why_not_dropout
 
 SWIN = "transformers.models.swin.modeling_swin"
@@ -226,4 +232,5 @@ ENTRIES = (
     *transformers_decoders.ENTRIES,
     *transformers_deform.ENTRIES,
     *transformers_linear.ENTRIES,
+    *transformers_moe.ENTRIES,
 )

@@ -49,6 +49,14 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
         say_once(type(self).__name__, reason)
         made: Tensor = _grouped_mm()(self, hidden_states, top_k_index, top_k_weights)
         return made
+    return compute(self, op.moe_experts, hidden_states, top_k_index, top_k_weights)
+
+
+def compute(
+    self: Any, attend: Callable[..., Tensor], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The same where a kernel runs; ``attend`` is the op where one call of it is enough."""
+    first: Any = self.gate_up_proj if self.has_gate else self.up_proj
     second: Any = self.down_proj
     biases: tuple[Any, Any] = (None, None)
     if self.has_bias:
@@ -56,7 +64,7 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     tokens = hidden_states.to(first.dtype)
     between = _between(self)
     if between.activation is not None and not self.has_post_expert_norm:
-        out = op.moe_experts(
+        out = attend(
             tokens,
             top_k_index,
             top_k_weights,

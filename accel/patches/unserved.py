@@ -1,7 +1,9 @@
-"""Classes of attention that are known and that no patch of a model computes, each with the reason: what a report says
-of them."""
+"""Classes of attention and of routers that are known and that no patch of a model computes, each with the reason: what a
+report says of them."""
 
 from __future__ import annotations
+
+from accel.patches.transformers_routers import LEFT
 
 _CHANNELS = "its softmax is over channels, not over tokens"
 _HEADS = "it mixes the heads of its weights, which must be written out for that"
@@ -67,4 +69,8 @@ UNSERVED |= {
         "nemotron_h": "NemotronHMamba2Mixer",
         "granitemoehybrid": "GraniteMoeHybridMambaLayer",
     }.items()
+}
+UNSERVED |= {
+    f"transformers.models.{family}.modeling_{family}.{cls}": reason
+    for (family, _, cls), reason in [(name.partition("."), reason) for name, reason in LEFT.items()]
 }
