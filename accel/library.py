@@ -129,11 +129,20 @@ def differentiable(
         if chosen.name == "reference" or any([given[i].numel() == 0 for i in required]):
             with without_autocast(given[0]):
                 return reference(*given)
+        if torch.compiler.is_compiling():
+            given = args(*[_looked_at_anew(x) for x in given[:gradients]], *given[gradients:])
         if differentiated(name, given[:gradients]):
             return recorded[used or differentiable_outputs].apply(*given, chosen.name)
         return forward_op(*given, chosen.name)  # torch.compile cannot trace autograd where nothing requires a gradient
 
     return run
+
+
+def _looked_at_anew(x: Any) -> Any:
+    """A view of a tensor in a graph that is traced. Of a tensor that was made empty and then filled by writing to its
+    views, torch.compile remembers that it required no gradient; of a view of it, it does not. Nor does it take one
+    tensor twice."""
+    return x.view_as(x) if isinstance(x, Tensor) else x
 
 
 def _of_their_own(made: Any) -> Any:

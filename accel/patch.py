@@ -45,7 +45,8 @@ def patch(
 
     Models of transformers whose attention goes through its registry are switched to ``"accel"`` there, each attention
     module with a row of its own. While they are patched their configuration is a copy, so that another model with the
-    same one is untouched.
+    same one is untouched. Mixtures of experts compute by :func:`accel.moe_experts`, and their routers by
+    :func:`accel.moe_route` where that has their score.
 
     Args:
         model: any module; classes of torch.nn, torchvision, timm, transformers, diffusers, mmcv, mmpose,

@@ -132,3 +132,23 @@ def test_nothing_made_inside_a_transform_outlives_it(monkeypatch):
         call(leaf, **how).backward()
         assert torch.equal(leaf.grad, inside)
         pairs._recent.clear()
+
+
+def test_compiled_a_tensor_that_was_filled_by_parts_has_its_gradient():
+    """torch.compile takes it for one without, as it was when it was made; DeepSeek-V3 makes its keys so."""
+    k = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(1))
+
+    def attend(q, k):
+        joined = k.new_empty(k.shape)
+        joined[..., :4].copy_(k[..., :4])
+        joined[..., 4:].copy_(k[..., 4:])
+        return accel.softmax_attention(q, joined, joined)
+
+    out, weights = attend(q, k), torch.linspace(-1, 1, k.numel()).view(k.shape)
+    torch._dynamo.reset()
+    for inputs in ((q, k), (q.clone().requires_grad_(), k)):
+        found = torch.compile(attend, fullgraph=True, backend="eager")(*inputs)
+        assert torch.equal(found, out)
+        assert torch.equal(torch.autograd.grad(found, k, weights)[0], torch.autograd.grad(attend(*inputs), k, weights)[0])
+    torch._dynamo.reset()

@@ -27,11 +27,21 @@ FUNCTION = "the function `{}`, with `accel.patch_functions()`"
 FLATTENED = "encoders and decoder-only models of transformers, with `unpad=True`"
 
 
+MANY = {"moe_experts": "experts of transformers: {}", "moe_route": "routers of transformers: {}"}
+"""Of which the classes fill a row together."""
+
+
 def replacements() -> str:
     """A row per class that ``accel.patch`` knows, and what it knows without a class."""
     lines = ["| class | method | op |", "|---|---|---|"]
+    many: dict[str, list[str]] = {op: [] for op in MANY}
     for entry in patches.TABLE.values():
+        if entry.op in many:
+            many[entry.op].append(entry.target.rpartition(".")[2])
+            continue
         lines.append(f"| `{entry.target}` | `{entry.attribute}` | `{entry.op}` |")
+    for op, names in many.items():
+        lines.append(f"| {MANY[op].format(', '.join(f'`{name}`' for name in names))} | `forward` | `{op}` |")
     for function in patches.FUNCTIONS.values():
         lines.append(f"| {FUNCTION.format(function.target)} | itself | `{function.op}` |")
     lines.append(f"| {REGISTRY} | its configuration | `{transformers_switch.OP}` |")
