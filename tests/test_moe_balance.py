@@ -301,7 +301,7 @@ BAD = [
     Bad("no_tensor", TypeError, "logits must be a tensor, or a list .* got float", {"logits": 1.0}),
     Bad("no_layers", TypeError, "logits must be .* got list", {"logits": []}),
     Bad("integers", TypeError, "torch.int64", {"logits": zeros(6, 4, dtype=torch.int64)}),
-    Bad("indices_of_floats", TypeError, "int64 or int32, got torch.float32", {"indices": zeros(6, 2)}),
+    Bad("indices_of_floats", TypeError, "int32 or int64, got torch.float32", {"indices": zeros(6, 2)}),
     Bad("indices_of_5", ValueError, r"T = 6 .*\(5, 2\)", {"indices": zeros(5, 2, dtype=torch.int64)}),
     Bad("kind", ValueError, "switch, sequence, global, got 'aux'", {"kind": "aux"}),
     Bad("score", ValueError, "got 'relu'", {"score": "relu"}),

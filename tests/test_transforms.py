@@ -150,5 +150,7 @@ def test_compiled_a_tensor_that_was_filled_by_parts_has_its_gradient():
     for inputs in ((q, k), (q.clone().requires_grad_(), k)):
         found = torch.compile(attend, fullgraph=True, backend="eager")(*inputs)
         assert torch.equal(found, out)
-        assert torch.equal(torch.autograd.grad(found, k, weights)[0], torch.autograd.grad(attend(*inputs), k, weights)[0])
+        assert torch.equal(
+            torch.autograd.grad(found, k, weights)[0], torch.autograd.grad(attend(*inputs), k, weights)[0]
+        )
     torch._dynamo.reset()

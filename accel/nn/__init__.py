@@ -5,6 +5,7 @@ from accel.nn.deform import DeformConv2d, ModulatedDeformConv2d
 from accel.nn.expert_bias import ExpertBias
 from accel.nn.gated import FLASH, GatedAttentionUnit, ScaleNorm
 from accel.nn.linear import LinearAttention
+from accel.nn.moe import Experts, MoE, Routing
 from accel.nn.windows import (
     ShiftedWindowAttention,
     ShiftedWindowAttention3d,
@@ -18,10 +19,13 @@ __all__ = [
     "FLASH",
     "DeformConv2d",
     "ExpertBias",
+    "Experts",
     "GatedAttentionUnit",
     "LinearAttention",
+    "MoE",
     "ModulatedDeformConv2d",
     "MultiHeadAttention",
+    "Routing",
     "ScaleNorm",
     "ShiftedWindowAttention",
     "ShiftedWindowAttention3d",

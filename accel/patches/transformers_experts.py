@@ -22,7 +22,8 @@ from accel import dispatch
 from accel.ops.moe import moe_experts as op
 from accel.ops.moe.activations import FUNCTIONS, ExpertActivation, activate
 from accel.ops.moe.grouped_linear import grouped_linear
-from accel.ops.moe.groups import add_up_choices, sort_choices
+from accel.ops.moe.moe_permute import moe_permute
+from accel.ops.moe.moe_unpermute import moe_unpermute
 from accel.patches.stand import say_once
 
 NAME = "accel"
@@ -91,14 +92,14 @@ def _in_parts(
     biases: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """With the class's own gate, and its norm behind each expert."""
-    order, offsets, here = sort_choices(indices, projections[0].shape[0])
-    rows = tokens[order // indices.shape[1]]
+    rows, plan = moe_permute(tokens, indices, projections[0].shape[0])
+    offsets = plan.offsets
     rows = grouped_linear(rows, projections[0], offsets, biases[0], transposed=bool(self.is_transposed))
     rows = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
     rows = grouped_linear(rows, projections[1], offsets, biases[1], transposed=bool(self.is_transposed))
     if self.has_post_expert_norm:
         rows = self.post_expert_norm(rows)
-    return add_up_choices(rows.float(), weights.float(), order, here)
+    return moe_unpermute(rows, plan, weights)
 
 
 # --- what stands between ---

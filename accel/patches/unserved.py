@@ -1,5 +1,5 @@
-"""Classes of attention and of routers that are known and that no patch of a model computes, each with the reason: what a
-report says of them."""
+"""Classes of attention and of routers that are known and that no patch of a model computes, each with the reason: what
+a report says of them."""
 
 from __future__ import annotations
 

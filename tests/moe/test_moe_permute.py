@@ -218,7 +218,7 @@ BAD = [
     Bad("not_a_tensor", TypeError, "x must be .* list", {"x": [1.0]}),
     Bad("integers", TypeError, "x must be .* torch.int64", {"x": zeros(3, 4, dtype=torch.int64)}),
     Bad("rank_3", ValueError, r"\(1, 3, 4\)", {"x": zeros(1, 3, 4)}),
-    Bad("indices_of_floats", TypeError, "int64 or int32, got torch.float32", {"indices": zeros(3, 2)}),
+    Bad("indices_of_floats", TypeError, "int32 or int64, got torch.float32", {"indices": zeros(3, 2)}),
     Bad("indices_of_bytes", TypeError, "torch.uint8", {"indices": zeros(3, 2, dtype=torch.uint8)}),
     Bad("indices_of_4_tokens", ValueError, r"T = 3 .* \(4, 2\)", {"indices": zeros(4, 2, dtype=torch.int64)}),
     Bad("no_choices", ValueError, r"K at least 1, got \(3, 0\)", {"indices": zeros(3, 0, dtype=torch.int64)}),

@@ -1,7 +1,7 @@
 """Tiny mixtures of experts of transformers' real classes, and batches padded on either side."""
 
 import torch
-from _transformers_models import DECODER, TEXT, LEFT, RIGHT, randomize, text, transformers
+from _transformers_models import DECODER, LEFT, RIGHT, TEXT, randomize, text, transformers
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
@@ -36,7 +36,12 @@ def gpt_oss():
     )
 
 
-MODELS = {"Mixtral": (mixtral, 2), "Qwen3-MoE": (qwen3_moe, 2), "DeepSeek-V3": (deepseek_v3, 1), "GPT-OSS": (gpt_oss, 2)}
+MODELS = {
+    "Mixtral": (mixtral, 2),
+    "Qwen3-MoE": (qwen3_moe, 2),
+    "DeepSeek-V3": (deepseek_v3, 1),
+    "GPT-OSS": (gpt_oss, 2),
+}
 """Each with its layers of experts."""
 INPUTS = {"none": text(None), "left": text(LEFT), "right": text(RIGHT)}
 

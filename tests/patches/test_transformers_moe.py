@@ -8,7 +8,17 @@ import torch
 pytest.importorskip("transformers")
 
 from _moe_models import INPUTS, MODELS, build
-from _transformers_models import IDS, LEFT, RIGHT, assert_same, assert_same_gradients, checkpointing, gradients, outputs, text
+from _transformers_models import (
+    IDS,
+    LEFT,
+    RIGHT,
+    assert_same,
+    assert_same_gradients,
+    checkpointing,
+    gradients,
+    outputs,
+    text,
+)
 
 import accel
 from accel import dispatch, testing

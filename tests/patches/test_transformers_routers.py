@@ -1,4 +1,4 @@
-"""transformers' routers that a patch takes over: every class against itself, in what it returns and in its gradients."""
+"""transformers' routers that a patch takes over: every class against itself, in what it returns and its gradients."""
 
 import ast
 import importlib
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+
+import transformers
 
 import accel
 from accel.patches import TABLE, transformers_moe, transformers_routers

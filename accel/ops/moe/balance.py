@@ -11,8 +11,9 @@ from torch import Tensor
 
 from accel.backends import inner_dtype
 from accel.library import without_autocast
+from accel.ops.moe.groups import check_indices
 from accel.ops.moe.moe_route import SCORES, check_logits
-from accel.ops.moe.plan import at_least, check_indices
+from accel.ops.moe.plan import at_least
 
 __all__ = ["MoeLoad", "moe_balance_loss", "moe_load", "moe_z_loss"]
 

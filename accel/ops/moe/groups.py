@@ -63,13 +63,20 @@ def add_up_choices(rows: Tensor, weights: Tensor, order: Tensor, here: Tensor) -
 # --- checks ---
 
 
-def check_integers(x: Any, name: str, what: str, beside: Tensor, beside_name: str) -> None:
-    """``x`` is an int32 or int64 tensor on the device of ``beside``."""
+def check_integers(x: Any, name: str, what: str, beside: Tensor | None = None, beside_name: str = "x") -> None:
+    """``x`` is an int32 or int64 tensor, on the device of ``beside`` where one is given."""
     if not isinstance(x, Tensor) or x.dtype not in INTEGERS:
         kind = getattr(x, "dtype", type(x).__name__)
         raise TypeError(f"{name} must be {what}, int32 or int64, got {kind}")
-    if x.device != beside.device:
+    if beside is not None and x.device != beside.device:
         raise ValueError(f"{name} is on {x.device} but {beside_name} is on {beside.device}")
+
+
+def check_indices(indices: Any, tokens: int, beside: Tensor | None = None) -> None:
+    """The experts of each of ``tokens``."""
+    check_integers(indices, "indices", "the experts of each token", beside)
+    if indices.dim() != 2 or indices.shape[0] != tokens or indices.shape[1] == 0:
+        raise ValueError(f"indices must be (T, K) with T = {tokens} and K at least 1, got {tuple(indices.shape)}")
 
 
 _right: memo.Facts[bool] = memo.Facts()

@@ -13,6 +13,7 @@ from accel import backends, dispatch, library
 from accel.backends import KERNEL_DTYPES, inner_dtype
 from accel.ops.moe.activations import ExpertActivation, activate, check_activation
 from accel.ops.moe.groups import add_up_choices, check_integers, grouped_product, sort_choices
+from accel.ops.moe.lora import check_lora, experts_with_lora
 
 
 class Args(NamedTuple):
@@ -206,6 +207,7 @@ def moe_experts(
     transposed: bool = False,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    lora: Any = None,
     backend: str | None = None,
 ) -> Tensor:
     r"""The experts of a mixture of experts, without a copy of the tokens sorted by expert, forward or backward.
@@ -233,13 +235,17 @@ def moe_experts(
         gate_up_bias: ``(X, 2I)`` or ``(X, I)``, laid out as the rows of ``gate_up_proj``; any floating dtype, read in
             fp32.
         down_bias: ``(X, C)``, likewise.
-        backend: one of the op's backends by name, or None for the first that can run the call.
+        lora: two adapters of low rank, of ``gate_up_proj`` and ``down_proj``, each ``(A, B, scale)`` or None, with A
+            ``(X, r, inputs)`` and B ``(X, outputs, r)`` however the projections lie, any floating dtype, cast to that
+            of x, and scale a number: an expert's product is that of W + scale · B A, which is never written out.
+        backend: one of the op's backends by name, or None for the first that can run the call. With ``lora`` it is
+            asked of :func:`accel.grouped_linear`.
 
     Returns:
         ``(T, C)`` in the dtype of x. The sum over k is made in fp32, in the order of k. What is between the two
         products is rounded to the dtype of x.
 
-    Gradients exist for x, weights, both projections and both biases, and only what is needed for those asked for is
+    Gradients exist for x, weights, projections, biases and adapters, and only what is needed for those asked for is
     computed: frozen experts cost no gradient of weights, a frozen router none of its own. An expert without tokens gets
     gradients of exactly 0. The forward keeps its first product for the backward and nothing else that is as large; the
     gradient of a weight comes from the activations, :math:`a · D^T g`, so that no output of the second product is kept.
@@ -254,7 +260,7 @@ def moe_experts(
         NotImplementedError: ``backend`` cannot run this call; the message says why.
 
     Follows Shazeer et al. (2017) and Fedus et al., Switch Transformers (2021), without a capacity; the gradient of the
-    router's weights is that of Guo et al., SonicMoE (2025).
+    router's weights is that of Guo et al., SonicMoE (2025). Adapters are those of Hu et al., LoRA (2021).
     """
     args = _prepare(
         x,
@@ -269,6 +275,8 @@ def moe_experts(
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
     )
+    if lora is not None:
+        return experts_with_lora(args, check_lora(lora, args), backend)
     out: Tensor = _run(args, backend)[0]
     return out
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from accel.backends import check_beside, integer
+from accel.ops.moe.groups import check_indices
 
 
 class Plan(NamedTuple):
@@ -81,13 +82,6 @@ def make(*given: Any) -> Plan:
 # --- checks ---
 
 
-def check_indices(indices: Any, tokens: int, name: str = "indices") -> None:
-    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be int64 or int32, got {getattr(indices, 'dtype', type(indices).__name__)}")
-    if indices.dim() != 2 or indices.shape[0] != tokens or indices.shape[1] == 0:
-        raise ValueError(f"{name} must be (T, K) with T = {tokens} and K at least 1, got {tuple(indices.shape)}")
-
-
 def at_least(value: Any, name: str, least: int) -> Any:
     """``value`` as an integer that is not smaller."""
     try:
@@ -109,9 +103,7 @@ def prepare_plan(
     align: int,
 ) -> PlanArgs:
     """The arguments of a plan for the choices of the tokens ``x``, checked."""
-    check_indices(indices, x.shape[0])
-    if indices.device != x.device:
-        raise ValueError(f"indices is on {indices.device} but x is on {x.device}")
+    check_indices(indices, x.shape[0], x)
     num_experts, align = at_least(num_experts, "num_experts", 1), at_least(align, "align", 1)
     limit = -1 if capacity is None else at_least(capacity, "capacity", 0)
     if drop not in ("order", "score"):
