@@ -47,7 +47,7 @@ GRADIENTS = [
     case("turns", T=2, X=2, C=2, I=2, activation=GPT_OSS, layout="interleaved", transposed=True),
     case("no gate", T=2, X=2, C=2, I=2, activation="gelu_tanh", gated=False),
 ]
-BACKENDS = [backend.name for backend in OP.backends]
+BACKENDS = ["cpu", "reference"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 # How a token's sums are ordered may depend on how many others share its expert, as the docstring says: no check_batch.

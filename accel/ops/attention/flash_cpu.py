@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from accel import dispatch
+from accel.ops.amx import WITHOUT, has_amx
 from accel.ops.attention import cudnn
 
 LEAST_TOKENS = 192
@@ -35,16 +36,13 @@ was the faster one over all keys of two calls: 0.87 of ours at T = 2048, 0.72 at
 
 @torch.compiler.assume_constant_result
 def _has_amx() -> bool:
-    if not getattr(torch.cpu, "_is_amx_tile_supported", bool)():
-        return False
-    named = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
-    return named and torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    return has_amx() and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward")
 
 
 def why_not(args: Any) -> str | None:
     """Why torch's flash kernel does not compute this call. ``torch.compile`` traces through this."""
     if not _has_amx():
-        return "on a CPU it is for those with AMX, in which torch multiplies bfloat16, and this one has none in use"
+        return WITHOUT
     if args.q.dtype != torch.bfloat16:
         return f"on a CPU it is for bfloat16, which torch multiplies in AMX, not {args.q.dtype}"
     if args.q.shape[1] < LEAST_HEADS:

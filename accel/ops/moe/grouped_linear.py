@@ -10,6 +10,7 @@ from torch import Tensor
 
 from accel import backends, dispatch, library
 from accel.backends import KERNEL_DTYPES, inner_dtype
+from accel.ops.moe import grouped_torch
 from accel.ops.moe.groups import check_integers, check_offsets, grouped_product
 
 
@@ -42,6 +43,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, t
 
 
 _native = backends.native("grouped_linear")
+_torch = (grouped_torch.why_not_linear, grouped_torch.linear_forward, grouped_torch.linear_backward)
 
 
 # --- declaration ---
@@ -159,6 +161,7 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
+            dispatch.Backend("torch", *_torch, frozenset({"cpu"}), (torch.bfloat16,), extra=True),
             dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from accel import backends, dispatch, library
 from accel.backends import KERNEL_DTYPES, inner_dtype
+from accel.ops.moe import grouped_torch
 from accel.ops.moe.activations import ExpertActivation, activate, check_activation
 from accel.ops.moe.groups import add_up_choices, check_integers, grouped_product, sort_choices
 from accel.ops.moe.lora import check_lora, experts_with_lora
@@ -67,7 +68,17 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
 # --- backends, fastest first for each device ---
 
 
+def _torch_forward(*given: Any) -> tuple[Tensor, Tensor]:
+    return grouped_torch.experts_forward(Args(*given))
+
+
+def _torch_backward(grad: Tensor, hidden: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    *fields, needs = given
+    return grouped_torch.experts_backward(grad, hidden, Args(*fields), needs)
+
+
 _native = backends.native("moe_experts")
+_torch = (grouped_torch.why_not_experts, _torch_forward, _torch_backward)
 
 
 # --- declaration ---
@@ -296,6 +307,7 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
+            dispatch.Backend("torch", *_torch, frozenset({"cpu"}), (torch.bfloat16,), extra=True),
             dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
