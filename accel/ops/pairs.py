@@ -256,6 +256,11 @@ def read_pairs(
 ALL = slice(None)
 
 
+def adds(given: Any) -> bool:
+    """Whether something is added to the logits: then all keys of a row may carry one huge number, or be hidden."""
+    return given.bias is not None or given.line is not None or given.table is not None
+
+
 def part(x: Tensor, queries: slice, keys: slice) -> Tensor:
     """Of a tensor that broadcasts to ``(B, Hq, T, S)`` what belongs to some queries and keys."""
     return x[:, :, queries if x.shape[2] > 1 else ALL, keys if x.shape[3] > 1 else ALL]

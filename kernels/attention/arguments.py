@@ -1,4 +1,4 @@
-"""How a call of softmax attention becomes kernel arguments: tensors, strides, what is compiled in, the tile."""
+"""What the kernels of softmax attention take besides the arguments of any call that weighs pairs."""
 
 from __future__ import annotations
 
@@ -7,40 +7,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from accel.kernels import _launch
+from accel.kernels import _launch, _pairs
 from accel.kernels._launch import Launch
-from accel.ops.attention.softmax_attention import Args, adds
-
-_AXES = {"q": "t", "k": "s", "v": "s", "out": "t", "grad": "t", "grad_q": "t", "grad_k": "s", "grad_v": "s"}
-
-LAUNCH_INTS = [
-    *[f"{name}_{axis}" for name, tokens in _AXES.items() for axis in ("b", "h", tokens)],
-    *[f"{name}_{axis}" for name in ("bias", "mask") for axis in "bhts"],
-    *["rows_b", "spans_b", "batches", "heads", "group", "together", "queries", "keys"],
-    *["line_length", "table_rows", "bins"],
-    *["grid_h", "grid_w", "extra", "threshold", "per_part", "total"],
-    *["owners_b", "owners_h", "owners_t", "owners_s"],
-]
-"""Integers on whose values no kernel of this op is specialised."""
-
-
-class Inputs(NamedTuple):
-    """The tensors of a call, None for what it lacks."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    line: Tensor | None
-    table: Tensor | None
-    mask: Tensor | None
-    bias_index: Tensor | None
-    rows: Tensor | None
-    seed: Tensor | None
+from accel.kernels._pairs import Tile, head_block, launch
+from accel.ops.attention.softmax_attention import Args
+from accel.ops.pairs import adds
 
 
 class Upstream(NamedTuple):
@@ -79,95 +53,15 @@ class Config:
     dot: tl.dtype
 
 
-CACHE_BYTES = 32 << 20
-"""What keys and values of the heads that are worked on together may take: the half of an H100's second-level cache."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries and keys of a tile, the warps of a program, how many tiles ahead it loads, and up to how many bytes a
-    thread may spill: 0, but for tiles that were measured to be the fastest all the same."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-    spill: int = 0
-
-    def within(self, queries: int, keys: int) -> Tile:
-        """No larger than a call with so few tokens needs."""
-        return Tile(
-            min(self.queries, max(16, triton.next_power_of_2(queries))),
-            min(self.keys, max(16, triton.next_power_of_2(keys))),
-            self.warps,
-            self.stages,
-            self.spill,
-        )
-
-
-def strides(x: Tensor | None) -> list[int]:
-    """Strides with 0 for an axis of one element, which is read at the same place whatever the index."""
-    if x is None:
-        return [0, 0, 0, 0]
-    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-
-
-def head_block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def plain(args: Args) -> bool:
     """Whether logits are products times a positive number: their order is that of the products then."""
     return args.q.dtype != torch.float32 and args.scale > 0.0 and args.softcap == 0.0 and not adds(args)
 
 
 def shared(args: Args, buffers: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments that the kernels of a call have in common, with strides of ``buffers`` too.
-
-    Strides of ``(B, H, tokens, ·)`` are counted in units, so that the compiler knows rows to be aligned.
-    """
-    found = {name: strides(x) for name, x in {"q": args.q, "k": args.k, "v": args.v, **buffers}.items()}
-    unit = 8 if all(n % 8 == 0 for steps in found.values() for n in steps[:3]) else 1
-    given: dict[str, Any] = {}
-    for name, steps in found.items():
-        for axis, step in zip(("b", "h", _AXES[name]), steps, strict=False):
-            given[f"{name}_{axis}"] = step // unit
-    for name, x in (("bias", args.bias), ("mask", args.mask)):
-        given.update({f"{name}_{axis}": step for axis, step in zip("bhts", strides(x), strict=True)})
-    rows = args.rows if args.rule == "other" else None
-    batches, heads, queries, head_size = args.q.shape
-    keys_bytes = args.k.shape[2] * (head_size + args.v.shape[3]) * args.q.element_size() * args.k.shape[1] // heads
-    grid_h, grid_w, extra = args.grid or (1, 1, 0)
-    return {
-        **given,
-        "inputs": Inputs(
-            q=args.q,
-            k=args.k,
-            v=args.v,
-            bias=args.bias,
-            line=None if args.line is None else args.line.contiguous(),
-            table=args.table,
-            mask=None if args.mask is None else args.mask.view(torch.uint8),
-            bias_index=args.bias_index,
-            rows=rows,
-            seed=args.seed if args.dropout_p > 0.0 else None,
-        ),
-        "factors": Factors(1.0 / (1.0 - args.dropout_p), args.scale, args.softcap),
-        "rows_b": 0 if rows is None or rows.shape[0] == 1 else rows.stride(0),
-        "batches": batches,
-        "heads": heads,
-        "group": heads // args.k.shape[1],
-        "together": max(1, min(batches * heads, CACHE_BYTES // max(1, keys_bytes))),
-        "queries": queries,
-        "keys": args.k.shape[2],
-        "line_length": 0 if args.line is None else args.line.shape[1],
-        "table_rows": 0 if args.table is None else args.table.shape[0],
-        "grid_h": grid_h,
-        "grid_w": grid_w,
-        "extra": extra,
-        "threshold": int(args.dropout_p * 2.0**32),
-        "unit": unit,
-    }
+    """The arguments that the kernels of a call have in common, with strides of ``buffers`` too."""
+    factors = Factors(1.0 / (1.0 - args.dropout_p), args.scale, args.softcap)
+    return {**_pairs.shared(args, buffers), "factors": factors}
 
 
 def config(args: Args, tile: Tile, unit: int) -> Config:
@@ -187,11 +81,6 @@ def config(args: Args, tile: Tile, unit: int) -> Config:
         block_n=tile.keys,
         dot=_launch.dot_dtype(args.q.dtype),
     )
-
-
-def launch(kernel: Any, programs: int, tile: Tile, **arguments: Any) -> Launch:
-    """A launch over this tile."""
-    return _launch.launch(kernel, programs, tile.warps, tile.stages, None, tile.spill, **arguments)
 
 
 def launch_call(kernel: Any, programs: int, tile: Tile, args: Args, given: Mapping[str, Any], **more: Any) -> Launch:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from accel.kernels.attention.arguments import LAUNCH_INTS
-from accel.kernels.attention.logits import (
+from accel.kernels._logits import (
     Call,
     Grid,
     Head,
@@ -18,21 +17,15 @@ from accel.kernels.attention.logits import (
     Plane,
     QuerySide,
     clean,
-    full_at,
-    full_length,
-    half,
     is_finite,
-    key_spans,
     load_rows,
-    load_sums,
     own_tile,
-    pair_gradients,
-    part_at,
-    part_length,
-    query_spans,
     rows_of,
     store_rows,
 )
+from accel.kernels._pairs import LAUNCH_INTS
+from accel.kernels._spans import full_at, full_length, half, key_spans, part_at, part_length, query_spans
+from accel.kernels.attention.weights import load_sums, pair_gradients
 
 
 @triton.jit(do_not_specialize=["heads", "queries", *[f"{x}_{axis}" for x in ("out", "grad") for axis in "bht"]])

@@ -9,12 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from accel.kernels.attention.arguments import LAUNCH_INTS
-from accel.kernels.attention.logits import (
-    FAR,
-    FAR_IN_HALF,
+from accel.kernels._logits import (
     LEAST,
-    LN_2,
     LOG2_E,
     Call,
     Grid,
@@ -22,22 +18,18 @@ from accel.kernels.attention.logits import (
     KeySide,
     Plane,
     clean,
-    full_at,
-    full_length,
-    half,
     is_finite,
     keep,
-    key_spans,
     load_rows,
     logits,
     own_tile,
-    part_at,
-    part_length,
-    power,
     rows_of,
     store_rows,
     visible,
 )
+from accel.kernels._pairs import LAUNCH_INTS
+from accel.kernels._spans import full_at, full_length, half, key_spans, part_at, part_length
+from accel.kernels.attention.weights import FAR, FAR_IN_HALF, LN_2, power
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 A program of the forward and of the dq kernel owns a tile of queries, one of the dk/dv kernel a tile of keys of a
 key head. Each visits only tiles that its rule lets it see, first those seen in part, then the full ones without masks.
 Here are their tiles and launches; the kernels stand in ``forward.py`` and ``backward.py``, and the gradients of biases
-have kernels of their own (``biases.py``).
+have kernels that other ops share (``_biases.py``).
 """
 
 from __future__ import annotations
@@ -18,24 +18,18 @@ from torch import Tensor
 
 from accel.backends import why_not_gpu
 from accel.kernels import _launch
+from accel.kernels._biases_launch import Gradient, plan_biases
+from accel.kernels._pairs import Tile, head_block, launch, weight_of_a_logit, why_not_addressed
+from accel.kernels._spans import span_launches
 from accel.kernels.attention import backward as backwards
-from accel.kernels.attention import biases_launch as biases
 from accel.kernels.attention import forward as forwards
-from accel.kernels.attention.arguments import Tile, Upstream, head_block, launch, launch_call, plain, shared
-from accel.kernels.attention.spans import span_launches
-from accel.ops.attention.softmax_attention import Args, adds
+from accel.kernels.attention.arguments import Upstream, config, launch_call, plain, shared
+from accel.kernels.attention.weights import tile_gradient
+from accel.ops.attention.softmax_attention import Args
 from accel.ops.layout import empty_like_layout
+from accel.ops.pairs import adds
 
 # --- tiles ---
-
-
-def _weight(args: Args) -> int:
-    """What a logit takes beside its product: 0 nothing, 1 the registers of one more tile, 2 also those of an index or
-    of places on a grid, 3 several of these or random bits."""
-    more = sum([x is not None for x in (args.bias, args.line, args.table, args.mask)]) + (args.softcap > 0.0)
-    if args.dropout_p > 0.0 or more > 1:
-        return 3
-    return 2 if args.table is not None else more
 
 
 Tiles = dict[tuple[int, int], Tile]
@@ -53,7 +47,7 @@ class _Choice:
     def of(self, args: Args, capability: tuple[int, int]) -> Tile:
         """For the wider of both head sizes and the weight of a logit."""
         widest = max(64, triton.next_power_of_2(max(args.q.shape[3], args.v.shape[3])))
-        key = (widest, _weight(args))
+        key = (widest, weight_of_a_logit(args, args.softcap > 0.0))
         if args.q.element_size() == 4:
             tile = self.fp32[0] if widest == 64 else self.fp32[1]
         elif capability[0] == 9 and key in self.hopper:
@@ -125,6 +119,22 @@ QUERIES = _Choice(
 )
 
 
+def _gradient_of_logits(args: Args, given: dict[str, Any], capability: tuple[int, int]) -> Gradient:
+    """For kernels that hold the gradient of a tile and what it comes from."""
+    widest = max(args.q.shape[3], args.v.shape[3])
+    index_tile = Tile(16, 16, 16 if args.q.element_size() == 4 else 8, 1)
+    if args.q.element_size() == 4:  # products without tensor cores: many warps, or their operands fill the registers
+        tile = Tile(16, 16, 8 if widest <= 64 else 16, 1)
+    elif widest > 128:
+        tile = Tile(16, 32, 8, 1)
+    elif widest > 64 or args.dropout_p > 0.0:
+        tile = Tile(32, 32, 8, 1)
+    else:
+        tile = Tile(64, 64, 4 if capability[0] == 9 else 8, 1)
+    tile = tile.within(args.q.shape[2], args.k.shape[2])
+    return Gradient(tile_gradient, given, lambda tile: config(args, tile, given["unit"]), tile, index_tile)
+
+
 # --- launches ---
 
 
@@ -133,19 +143,7 @@ def why_not(args: Any) -> str | None:
 
     ``torch.compile`` traces through this, which bars generator expressions and Triton's helpers.
     """
-    q, k = args.q, args.k
-    reason = why_not_gpu(q, _launch.INTERPRETING)
-    if reason is not None:
-        return reason
-    tiles = -(-max(q.shape[2], k.shape[2]) // 16)
-    if q.shape[0] * q.shape[1] * tiles >= 2**31:
-        return f"{tuple(q.shape)} queries with {k.shape[2]} keys are more tiles than one launch can number"
-    if args.table is not None and args.table.numel() >= 2**31:
-        return f"a bias table of {tuple(args.table.shape)} is more than 32 bits can address"
-    for name, x in (("bias", args.bias), ("mask", args.mask), ("bias_index", args.bias_index)):
-        if x is not None and max([0 if x.shape[n] == 1 else x.stride(n) for n in (-2, -1)]) >= 2**23:
-            return f"it takes a {name} whose rows are less than 2**23 elements apart, not strides of {x.stride()}"
-    return None
+    return why_not_gpu(args.q, _launch.INTERPRETING) or why_not_addressed(args)
 
 
 def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -199,7 +197,7 @@ class _Backward:
 
     launches: list[Any]
     grads: tuple[Tensor, Tensor, Tensor]
-    parts: tuple[Tensor | None, Tensor | None, Tensor | None]  # of bias, line and table, summed over the first axis
+    parts: list[Tensor | None]  # of bias, line and table, summed over the first axis
 
 
 def _backward_plan(
@@ -228,16 +226,9 @@ def _backward_plan(
     tile = QUERIES.of(args, capability)
     programs = q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], tile.queries)
     launches.append(launch_call(backwards.queries_kernel, programs, tile, args, given))
-    parts: list[Tensor | None] = []
-    for wanted, x, plan in zip(
-        needs, (args.bias, args.line, args.table), (biases.plan_bias, biases.plan_line, biases.plan_table), strict=True
-    ):
-        part = None
-        if wanted and x is not None:
-            step, part = plan(args, given, capability)
-            launches.append(step)
-        parts.append(part)
-    return _Backward(launches, grads, (parts[0], parts[1], parts[2]))
+    plans = plan_biases(args, needs, _gradient_of_logits(args, given, capability))
+    launches += [plan[0] for plan in plans if plan is not None]
+    return _Backward(launches, grads, [None if plan is None else plan[1] for plan in plans])
 
 
 def _grads(args: Args) -> tuple[Tensor, Tensor, Tensor]:

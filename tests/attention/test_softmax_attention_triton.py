@@ -19,8 +19,8 @@ from _pairs import random_index
 
 import accel
 from accel import Grid2D, testing
+from accel.kernels import _biases_launch as biases
 from accel.kernels import _launch
-from accel.kernels.attention import biases_launch as biases
 from accel.kernels.attention import softmax_attention as kernels
 from accel.ops.attention.softmax_attention import Args, _prepare, reference
 from accel.testing import assert_close

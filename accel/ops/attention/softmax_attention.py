@@ -16,6 +16,7 @@ from accel.ops.attention import cudnn, flash_cpu
 from accel.ops.layout import empty_like_layout, finite, rows_contiguous
 from accel.ops.pairs import (
     add_biases,
+    adds,
     check_numbers,
     check_per_head,
     check_qkv,
@@ -113,11 +114,6 @@ def _row_sums(grad_out: Tensor, out: Tensor) -> Tensor:
         sums: Tensor = dispatch.leaf(_TRITON)[0].row_sums(grad_out, out)
         return sums
     return (grad_out.float() * out.float()).sum(-1)
-
-
-def adds(args: Args) -> bool:
-    """Whether something is added to the logits: then all keys of a row may carry one huge number."""
-    return args.bias is not None or args.line is not None or args.table is not None
 
 
 def _around(backward: Callable[..., Any]) -> Callable[..., Any]:

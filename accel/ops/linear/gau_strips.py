@@ -15,7 +15,7 @@ from torch import Tensor
 from accel import philox
 from accel.backends import inner_dtype
 from accel.ops.layout import empty_like_layout, finite
-from accel.ops.pairs import ALL, add_biases, line_places, part, table_places, visible
+from accel.ops.pairs import ALL, add_biases, adds, line_places, part, table_places, visible
 
 ROWS = 256
 
@@ -107,7 +107,7 @@ def hide(args: Any, x: Tensor, i: slice = ALL, j: slice = ALL) -> Tensor | None:
     """Which pairs weigh nothing: that are not seen, or to which a bias of −∞ was added. None where all weigh."""
     seen = visible(args, args.k.shape[2], x.device, i, j)
     hidden = None if seen is None else ~seen
-    if args.bias is not None or args.line is not None or args.table is not None:
+    if adds(args):
         hidden = x == -math.inf if hidden is None else hidden | (x == -math.inf)
     return hidden
 

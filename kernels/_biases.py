@@ -1,8 +1,9 @@
-"""The kernels for gradients of the biases of softmax attention, each added up by owners in a fixed order.
+"""The kernels for gradients of biases of logits, each added up by owners in a fixed order.
 
-The gradient of a logit is computed again from queries and keys. A dense bias is owned tile by tile; a line and the
-table of a grid are added up along the tile's diagonals, a table with an index by a product with its one-hot code.
-Where owners are few, each is split in parts of a number that only shapes decide; the parts are summed at the end.
+The gradient of a tile of logits is computed again by an op's own function, ``TILE_GRADIENT``. A dense bias is owned
+tile by tile; a line and the table of a grid are added up along the tile's diagonals, a table with an index by a product
+with its one-hot code. Where owners are few, each is split in parts of a number that only shapes decide; the parts are
+summed at the end.
 """
 
 from __future__ import annotations
@@ -12,25 +13,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from accel.kernels.attention.arguments import LAUNCH_INTS
-from accel.kernels.attention.logits import (
-    Call,
-    Grid,
-    Head,
-    Plane,
-    all_in_part,
-    grid_middle,
-    grid_place,
-    key_spans,
-    line_place,
-    load_rows,
-    load_sums,
-    pair_gradients,
-    part_at,
-    part_length,
-    rows_of,
-    table_row,
-)
+from accel.kernels._logits import Call, Grid, Plane, grid_middle, grid_place, line_place, rows_of, table_row
+from accel.kernels._pairs import LAUNCH_INTS
+from accel.kernels._spans import all_in_part, key_spans, part_at, part_length
 
 CODE: tl.constexpr = tl.constexpr(32)  # rows of a table go as CODE × CODE one-hot codes
 
@@ -55,37 +40,6 @@ class Sides(NamedTuple):
 
 
 @triton.jit
-def _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG: tl.constexpr):
-    """Gradient of the logits of the tile at ``(i0, j0)`` of a head, 0 where nothing is seen."""
-    UNIT: tl.constexpr = CONFIG.unit
-    DOT: tl.constexpr = CONFIG.dot
-    queries = call.queries
-    keys = call.keys
-    i = i0 + tl.arange(0, CONFIG.block_m)
-    j = j0 + tl.arange(0, CONFIG.block_n)
-    q, k, v, grad, group = sides
-    q_at = q.ptr + (batch * q.b + index * q.h) * UNIT
-    k_at = k.ptr + (batch * k.b + index // group * k.h) * UNIT
-    v_at = v.ptr + (batch * v.b + index // group * v.h) * UNIT
-    grad_at = grad.ptr + (batch * grad.b + index * grad.h) * UNIT
-    q = load_rows(q_at, i, queries, q.t * UNIT, CONFIG.d, CONFIG.block_d, True, DOT)
-    k = load_rows(k_at, j, keys, k.t * UNIT, CONFIG.d, CONFIG.block_d, True, DOT)
-    raw = tl.dot(q, tl.trans(k), input_precision="ieee")
-    grad_o = load_rows(grad_at, i, queries, grad.t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
-    v = load_rows(v_at, j, keys, v.t * UNIT, CONFIG.e, CONFIG.block_e, True, DOT)
-    grad_p = tl.dot(grad_o, tl.trans(v), input_precision="ieee")
-    # only now: registers would hold these numbers over the products
-    first = (batch * call.heads + index) * queries
-    lse, delta = load_sums(upstream.lse + first, upstream.delta + first, i, queries, CONFIG)
-    bias_at = batch * call.bias.b + index * call.bias.h
-    _used, grad_s, _grad_raw, _seen = pair_gradients(
-        raw, grad_p, lse[:, None], delta[:, None], i[:, None], j[None, :], i0, j0,
-        Head(call, index, rows, bias_at, mask_at, first), CONFIG, True,
-    )  # fmt: skip
-    return grad_s
-
-
-@triton.jit
 def _meets(spans, j0):
     """Whether the tile of keys at ``j0`` is in the spans."""
     start0, _, _, end0, start1, _, _, end1 = spans
@@ -99,7 +53,7 @@ def bias_kernel(
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     heads, group, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     per_part, owners_b, owners_h, owners_t, owners_s, total,
-    factors, CONFIG: tl.constexpr, ALONG_T: tl.constexpr, ALONG_S: tl.constexpr,
+    factors, CONFIG: tl.constexpr, TILE_GRADIENT: tl.constexpr, ALONG_T: tl.constexpr, ALONG_S: tl.constexpr,
 ):  # fmt: skip
     """A part of a tile of the bias' gradient: over ``per_part`` of the tiles of logits that take the same bias.
 
@@ -141,7 +95,7 @@ def bias_kernel(
         mask_at = batch * mask_b + index * mask_h
         rows = rows_of(call, batch, rows_b)
         if _meets(key_spans(i0, call, rows, CONFIG), j0):
-            total_gradient += _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
+            total_gradient += TILE_GRADIENT(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
     owner = (part * owners_b + own_b) * owners_h + own_h
     i = own_t * BLOCK_M + tl.arange(0, BLOCK_M)
     j = own_s * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -204,7 +158,7 @@ def diagonals_kernel(
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     heads, group, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     per_part, bins, total,
-    factors, CONFIG: tl.constexpr, ON_GRID: tl.constexpr,
+    factors, CONFIG: tl.constexpr, TILE_GRADIENT: tl.constexpr, ON_GRID: tl.constexpr,
 ):  # fmt: skip
     """A part of the gradient of a head's line or grid table: over ``per_part`` tiles of queries of the batch.
 
@@ -240,7 +194,7 @@ def diagonals_kernel(
         spans = all_in_part(key_spans(i0, call, rows, CONFIG))
         for offset in tl.range(0, part_length(spans), BLOCK_N, disable_licm=True):
             j0 = part_at(spans, offset)
-            grad_s = _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
+            grad_s = TILE_GRADIENT(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
             _add_diagonals(bins_ptr, grad_s, i, j0, call, rows, bins, CONFIG, ON_GRID)
             if ON_GRID:
                 query_extra = (i < extra)[:, None]
@@ -264,7 +218,7 @@ def index_kernel(
     bias_b, bias_h, bias_t, bias_s, mask_b, mask_h, mask_t, mask_s, rows_b,
     batches, heads, group, queries, keys, line_length, table_rows, grid_h, grid_w, extra, threshold,
     per_part, total,
-    factors, CONFIG: tl.constexpr, CODES: tl.constexpr,
+    factors, CONFIG: tl.constexpr, TILE_GRADIENT: tl.constexpr, CODES: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """A part of CODE² rows of a head's table gradient: over ``per_part`` tiles of queries.
 
@@ -273,7 +227,6 @@ def index_kernel(
     """
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
-    BINARY: tl.constexpr = CONFIG.binary
     blocks = tl.cdiv(table_rows, CODE * CODE)
     row0 = tl.program_id(0) % blocks * (CODE * CODE)
     index = (tl.program_id(0) // blocks % heads).to(tl.int64)
@@ -310,7 +263,7 @@ def index_kernel(
                 batch = (i0 * 0 + entry).to(tl.int64)
                 mask_at = batch * mask_b + index * mask_h
                 rows = rows_of(call, batch, rows_b)
-                weight += _tile_gradient(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
+                weight += TILE_GRADIENT(i0, j0, batch, index, rows, mask_at, call, sides, upstream, CONFIG)
             j = (j0 + tl.arange(0, BLOCK_N))[None, :]
             row = table_row(i, j, i0, j0, call, CONFIG)
             row = tl.minimum(tl.maximum(row, 0), table_rows - 1) - row0
@@ -322,13 +275,13 @@ def index_kernel(
             # two what half precision needs. They truncate their sums, which shows in fp32: each tile has its own there,
             # and FMA units add the tiles up.
             before = sums
-            if not BINARY:
+            if not HALF:
                 sums = tl.zeros((CODE, CODE), tl.float32)
-            for _ in tl.static_range(2 if BINARY else 3):
+            for _ in tl.static_range(2 if HALF else 3):
                 piece = weight.to(CODES)
                 sums = tl.dot(tl.where(of_block, piece[None, :], 0.0), within, sums, input_precision="ieee")
                 weight -= piece.to(tl.float32)
-            if not BINARY:
+            if not HALF:
                 sums += before
     row = row0 + code[:, None] * CODE + code[None, :]
     at = (part.to(tl.int64) * heads + index) * table_rows + row
