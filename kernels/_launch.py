@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from accel.ops.layout import empty_like_layout
 
 ARCHITECTURES = (80, 90, 100)
 _POINTER = {
@@ -51,6 +53,11 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 def store_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of output buffers: fp32 in the interpreter, which truncates instead of rounding; torch rounds then."""
     return torch.float32 if INTERPRETING else dtype
+
+
+def result(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """A buffer for a result ``(B, H, T, ·)`` in the layout of ``x``."""
+    return torch.empty_like(empty_like_layout(x, shape), dtype=store_dtype(x.dtype))
 
 
 @contextlib.contextmanager

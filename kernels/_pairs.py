@@ -23,7 +23,7 @@ LAUNCH_INTS = [
     *[f"{name}_{axis}" for name in _ADDRESSED for axis in ("b", "h", "s" if name in _OF_KEYS else "t")],
     *[f"{name}_{axis}" for name in ("bias", "mask") for axis in "bhts"],
     *["rows_b", "spans_b", "batches", "heads", "group", "together", "queries", "keys"],
-    *["line_length", "table_rows", "bins"],
+    *["line_length", "table_rows", "bins", "blocks"],
     *["grid_h", "grid_w", "extra", "threshold", "per_part", "total"],
     *["owners_b", "owners_h", "owners_t", "owners_s"],
 ]

@@ -26,7 +26,6 @@ from accel.kernels.attention import forward as forwards
 from accel.kernels.attention.arguments import Upstream, config, launch_call, plain, shared
 from accel.kernels.attention.weights import tile_gradient
 from accel.ops.attention.softmax_attention import Args
-from accel.ops.layout import empty_like_layout
 from accel.ops.pairs import adds
 
 # --- tiles ---
@@ -146,15 +145,10 @@ def why_not(args: Any) -> str | None:
     return why_not_gpu(args.q, _launch.INTERPRETING) or why_not_addressed(args)
 
 
-def _empty(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A result buffer in the layout of ``x``."""
-    return torch.empty_like(empty_like_layout(x, shape), dtype=_launch.store_dtype(x.dtype))
-
-
 def _results(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Empty out, lse and peak."""
     lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
-    return _empty(args.q, (*lse.shape, args.v.shape[3])), lse, lse.new_empty((2, *lse.shape) if adds(args) else (0,))
+    return _launch.result(args.q, (*lse.shape, args.v.shape[3])), lse, lse.new_empty((2, *lse.shape) if adds(args) else (0,))
 
 
 def _forward_launch(
@@ -233,7 +227,7 @@ def _backward_plan(
 
 def _grads(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Empty gradients of q, k and v."""
-    grad_q, grad_k, grad_v = (_empty(x, tuple(x.shape)) for x in (args.q, args.k, args.v))
+    grad_q, grad_k, grad_v = (_launch.result(x, x.shape) for x in (args.q, args.k, args.v))
     return grad_q, grad_k, grad_v
 
 

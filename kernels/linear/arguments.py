@@ -22,12 +22,13 @@ memory as ``R·V + Z`` numbers: R the size of x and y, V of u, Z of the vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from accel.kernels import _launch
 from accel.kernels._launch import power_of_two
 
 FAR = 2**31 - 1
@@ -163,3 +164,12 @@ def block_of(size: int) -> int:
 def parts_of(programs: int, tokens: int) -> int:
     """Into how many parts a sequence is cut, of which one in each needs ``programs``."""
     return 1 if programs >= PROGRAMS else max(1, min(-(-PROGRAMS // programs), -(-tokens // SEGMENT)))
+
+
+def products_of(dtype: torch.dtype) -> dict[str, Any]:
+    """How products are made. Features, states and gradients over small denominators leave the range of fp16, and so do
+    weights of 1/T²: TF32 has its precision and the range of fp32. The interpreter rounds as a GPU does."""
+    if dtype == torch.float16:
+        return {"dot": _launch.dot_dtype(torch.float32), "drop": 13, "precision": "tf32"}
+    drop = 16 if dtype == torch.bfloat16 and _launch.INTERPRETING else 0
+    return {"dot": _launch.dot_dtype(dtype), "drop": drop, "precision": "ieee"}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from accel.kernels._logits import is_finite
+
 
 @triton.jit
 def feature(x, NAME: tl.constexpr):
@@ -34,11 +36,6 @@ def slope(x, NAME: tl.constexpr):
     else:
         found = tl.full(x.shape, 1.0, tl.float32)
     return found
-
-
-@triton.jit
-def is_finite(x):
-    return tl.abs(x) < float("inf")  # nor is a NaN
 
 
 @triton.jit

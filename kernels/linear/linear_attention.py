@@ -27,6 +27,7 @@ from accel.kernels.linear.arguments import (
     Pointers,
     block_of,
     parts_of,
+    products_of,
     tile_of,
 )
 from accel.ops.layout import empty_like_layout
@@ -107,15 +108,6 @@ def _steps(name: str, x: Tensor | None, heads: int, unit: int) -> dict[str, int]
     return {f"{name}_b": steps[0], f"{name}_h": steps[1], f"{name}_t": steps[2], f"{name}_group": group}
 
 
-def _dot(dtype: torch.dtype) -> dict[str, Any]:
-    """How products are made. Features, states and gradients over small denominators leave the range of fp16: TF32 has
-    its precision and the range of fp32. The interpreter rounds as a GPU does."""
-    if dtype == torch.float16:
-        return {"dot": _launch._TL_DTYPE[torch.float32], "drop": 13, "precision": "tf32"}
-    drop = 16 if dtype == torch.bfloat16 and _launch.INTERPRETING else 0
-    return {"dot": _launch.dot_dtype(dtype), "drop": drop, "precision": "ieee"}
-
-
 def _sum(
     mode: str,
     call: _Call,
@@ -169,7 +161,7 @@ def _sum(
             block_v=tile.values,
             chunk=tile.chunk,
             unit=call.unit,
-            **_dot(args.q.dtype),
+            **products_of(args.q.dtype),
             fine=fine,
         )
 
@@ -372,7 +364,7 @@ def _flat(kv: Tensor, vector: Tensor | None, transposed: bool) -> Tensor:
 
 def _results(args: Args, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An empty buffer in the layout of ``x``, or full of zeros where tokens may be of no sequence."""
-    made = torch.empty_like(empty_like_layout(x, shape), dtype=_launch.store_dtype(x.dtype))
+    made = _launch.result(x, shape)
     return made if args.cu_q is None else made.zero_()
 
 

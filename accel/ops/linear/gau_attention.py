@@ -80,7 +80,8 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
 MAX_HEAD_SIZE, MAX_VALUE_SIZE = 512, 8192
 
 
-def _gate_gradient(grad_out: Tensor, sums: Tensor, args: Args, wanted: bool) -> Tensor:
+def gate_gradient(grad_out: Tensor, sums: Tensor, args: Args, wanted: bool) -> Tensor:
+    """That of the gate, from the weighted sums of values; empty where it is not wanted."""
     if args.gate is None or not wanted:
         return grad_out.new_empty(0, dtype=torch.float32)
     return torch.mul(grad_out, sums, out=empty_like_layout(args.gate, args.gate.shape))
@@ -100,12 +101,13 @@ def _why_not_cpu(args: Args) -> str | None:
 
 
 _cpu_forward, _native_backward = backends.native("gau_attention")
+_triton = backends.triton(__name__)
 
 
 def _cpu_backward(grad_out: Tensor, sums: Tensor, *rest: Any) -> Any:
     *given, needs = rest
     q, k, v, *small = _native_backward(grad_out, *given, *needs[1:])
-    return q, k, v, _gate_gradient(grad_out, sums, Args(*given), needs[0]), *small
+    return q, k, v, gate_gradient(grad_out, sums, Args(*given), needs[0]), *small
 
 
 def _torch_forward(*given: Any) -> Any:
@@ -119,7 +121,7 @@ def _torch_backward(grad_out: Tensor, sums: Tensor, *rest: Any) -> Any:
     args = Args(*given)
     with library.without_autocast(args.q):
         q, k, v, *small = gau_strips.backward(grad_out, args, needs[1:])
-    return q, k, v, _gate_gradient(grad_out, sums, args, needs[0]), *small
+    return q, k, v, gate_gradient(grad_out, sums, args, needs[0]), *small
 
 
 # --- declaration ---
@@ -354,6 +356,7 @@ OP = dispatch.register(
             dispatch.Backend(
                 "cpu", _why_not_cpu, _cpu_forward, _cpu_backward, frozenset({"cpu"}), KERNEL_DTYPES, extra=True
             ),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend(
                 "torch", backends.why_not_dtype, _torch_forward, _torch_backward, frozenset(), KERNEL_DTYPES
             ),
