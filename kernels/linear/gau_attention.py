@@ -64,17 +64,19 @@ class _Blocks:
 def _blocks(mode: str, args: Args, capability: tuple[int, int]) -> _Blocks:
     heavy = weight_of_a_logit(args) > 1 or args.activation != "relu2"
     wide = args.q.shape[3] > 128
-    dtype = args.q.dtype
-    if dtype == torch.float32:
-        found = _Blocks(Tile(16, 16, 8, 1), 64) if wide else _Blocks(Tile(32, 32, 8, 1), 64)
-    elif dtype == torch.float16:
+    products = mode in ("grad_q", "grad_k", "delta")  # sums over all channels, and two tiles of logits
+    if args.q.element_size() == 4:  # without tensor cores operands fill the registers
+        found = _Blocks(Tile(16, 16, 8, 1), 32) if products or wide else _Blocks(Tile(32, 32, 8, 1), 64)
+    elif args.q.dtype == torch.float16:  # whose operands are TF32
         found = _Blocks(Tile(32, 32, 8, 1), 64)
-    elif mode == "out":
-        found = _Blocks(Tile(64, 64, 8, 2), 128) if heavy or wide else _Blocks(Tile(128, 64, 8, 3), 128)
-    elif mode == "grad_v":
-        found = _Blocks(Tile(64, 64, 8, 2), 128)
+    elif products:
+        found = _Blocks(Tile(32, 32, 8, 1), 64) if wide else _Blocks(Tile(64, 64, 8, 2), 64)
+    elif wide:
+        found = _Blocks(Tile(64, 32, 8, 2), 128) if mode == "out" else _Blocks(Tile(32, 64, 8, 1), 128)
+    elif mode == "out" and not heavy:
+        found = _Blocks(Tile(128, 64, 8, 3), 128)
     else:
-        found = _Blocks(Tile(64, 64, 8, 2), 64)
+        found = _Blocks(Tile(64, 64, 8, 2), 128)
     tile = found.tile.within(args.q.shape[2], args.k.shape[2])
     return _Blocks(tile, min(found.channels, head_block(args.v.shape[3])))
 
