@@ -51,7 +51,7 @@ def _parts(total: int, owners: int, owned: int) -> tuple[int, int]:
 def _plan_bias(args: Any, how: Gradient) -> Plan:
     """For a dense bias: ``(parts, *bias.shape)``."""
     tile = how.tile
-    batches, heads, queries, keys = *args.q.shape[:3], args.k.shape[2]
+    (batches, heads, queries), keys = args.q.shape[:3], args.k.shape[2]
     whole = [batches, heads, triton.cdiv(queries, tile.queries), triton.cdiv(keys, tile.keys)]
     owners = [n if size > 1 else 1 for n, size in zip(whole, args.bias.shape, strict=True)]
     count, total = 1, 1

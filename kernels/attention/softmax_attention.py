@@ -148,7 +148,11 @@ def why_not(args: Any) -> str | None:
 def _results(args: Args) -> tuple[Tensor, Tensor, Tensor]:
     """Empty out, lse and peak."""
     lse = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
-    return _launch.result(args.q, (*lse.shape, args.v.shape[3])), lse, lse.new_empty((2, *lse.shape) if adds(args) else (0,))
+    return (
+        _launch.result(args.q, (*lse.shape, args.v.shape[3])),
+        lse,
+        lse.new_empty((2, *lse.shape) if adds(args) else (0,)),
+    )
 
 
 def _forward_launch(

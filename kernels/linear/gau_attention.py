@@ -7,7 +7,7 @@ kernel of the backward pass. Gradients of biases have kernels that other ops sha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -99,7 +99,12 @@ class _Call:
         return {**_pairs.shared(args, {**grad, **buffers}), "factors": factors, "upstream": upstream}
 
     def launch(
-        self, mode: str, upstream: Upstream, out: Tensor, more: Tensor | None = None, spans: dict[str, Any] | None = None
+        self,
+        mode: str,
+        upstream: Upstream,
+        out: Tensor,
+        more: Tensor | None = None,
+        spans: dict[str, Any] | None = None,
     ) -> Launch:
         """One sum, into ``out``: see the modes of the kernels."""
         args, found = self.args, _blocks(mode, self.args, self.capability)
@@ -216,7 +221,7 @@ def _backward_plan(grad_out: Tensor, args: Args, needs: list[bool], capability: 
     few = args.q.shape[2] <= FEW
     launches, upstream = _upstream(call, grad_out, args.q.dtype != torch.float32 and (small or few))
     if args.activation in BY_ROW:
-        delta = torch.empty_like(upstream.bad_q)
+        delta = args.q.new_empty(args.q.shape[:3], dtype=torch.float32)
         launches.append(call.launch("delta", upstream, delta))
         upstream = upstream._replace(delta=delta)
     rounded = upstream if few else upstream._replace(rest=None)

@@ -25,7 +25,6 @@ from accel.kernels import _launch
 from accel.kernels.linear import gau_attention as kernels
 from accel.ops.linear.gau_attention import Args, _prepare, reference
 from accel.ops.linear.gau_strips import BY_PAIR
-from accel.testing import assert_close
 
 SLOW = [] if DEVICE == "cuda" else [pytest.mark.slow]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -39,7 +38,9 @@ OWN = [
     case("small_exact", 33, 35, B=1, D=8, E=72, change=integers, scale=0.5, window=(9, 5), family="exact"),
     case("small_grid", 17, B=1, D=8, E=8, bias_index=Grid2D(5, 3, 2), rows=48, activation="silu"),
 ]  # fmt: skip
-SMALL = case("small", 5, 7, D=8, E=8, bias=(2, 1, 1, 7), rows=11, causal=True, activation="laplace", dtypes=(FP32,), **WHOLE)
+SMALL = case(
+    "small", 5, 7, D=8, E=8, bias=(2, 1, 1, 7), rows=11, causal=True, activation="laplace", dtypes=(FP32,), **WHOLE
+)
 QUICK = {
     "small_channels": "float16",
     "small_everything": "bfloat16",
