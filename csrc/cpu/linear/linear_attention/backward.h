@@ -4,11 +4,10 @@
 // of queries, one from the last to the first those of keys and values.
 //
 // With pairs of bf16 the products that make gradients of queries take P and S as they are: in a row of little weight g
-// is large, and what comes out small beside its terms. So does, with a gradient of the decay, the one that its sums over
-// tokens come from.
+// is large, and what comes out small beside its terms.
 #pragma once
 
-#include "tile.h"
+#include "decay_gradient.h"
 
 namespace accel::ACCEL_ISA::linear {
 
@@ -19,6 +18,7 @@ class Backward {
       : b(b),
         p(b.forward),
         tile(p),
+        of_decay(b, tile),
         again(p.dtype != Dtype::f32),
         g(p.values),
         early_q(tile.decay.any() ? p.features : 0),
@@ -121,13 +121,15 @@ class Backward {
     for (int64_t t = s.from; t < s.to; t += CHUNK) {
       const int count = int(std::min<int64_t>(CHUNK, s.to - t));
       int spoilt = lost ? 0 : CHUNK;
+      of_decay.begin_queries(s, hs, t, state_t);
       if (p.causal) {
         tile.load_keys(s.batch, hs, t, count);
         tile.v.turn(v_t, tile.ld, count);
         if (again && p.normalize) tile.k.turn(k_t, tile.ld, count);
         spoilt = std::min(spoilt, tile.first_bad_key());
       }
-      for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs, hs * tile.group + n, t, count, spoilt);
+      for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs * tile.group + n, t, count, spoilt);
+      of_decay.end_queries(s.batch, hs, t, count);
       if (p.causal) {
         state_t.shrink(tile.decay.whole);
         tile.accumulate(tile.v, tile.keys_at_end(), state_t.main, count);
@@ -135,25 +137,9 @@ class Backward {
       }
       lost |= spoilt < CHUNK;
     }
-    if (b.grad_sums && s.last && s.to > s.from) *sum_at(s.batch, hs, s.to - 1) += by_final_state(s, hs);
   }
 
-  double* sum_at(int64_t batch, int64_t hs, int64_t t) const {
-    return b.grad_sums + (batch * p.state_heads + hs) * p.keys + t;
-  }
-
-  // The final state times its gradient: what all its decay has a part in.
-  double by_final_state(const Segment& s, int64_t hs) const {
-    double sum = 0.0;
-    if (const float* kv = kv_of(p, b.grad_kv, s.sequence, hs))
-      for (int d = 0; d < p.features; ++d)
-        for (int e = 0; e < p.values; ++e) sum += double(kv[int64_t(d) * p.values + e]) * double(state_t.main.at(e)[d]);
-    if (const float* k_sum = sum_of(p, b.grad_k_sum, s.sequence, hs))
-      for (int d = 0; d < p.features; ++d) sum += double(k_sum[d]) * double(state_t.sum[d]);
-    return sum;
-  }
-
-  void query_rows(int64_t batch, int64_t hs, int64_t h, int64_t t, int count, int spoilt) {
+  void query_rows(int64_t batch, int64_t h, int64_t t, int count, int spoilt) {
     load_rows(batch, h, t, count, false);
     Words<>& rows = of_keys;  // (count, F)
     tile.cross_exact(g, state_t.main.at(0), state_t.main.ld, rows, count);
@@ -166,10 +152,9 @@ class Backward {
         for (int d = 0; d < rows.padded; d += W) store(rows.at(i) + d, load(rows.at(i) + d) + load(state_t.sum + d) * mul);
       }
     }
-    if (b.grad_sums)
+    if (of_decay.wanted())
       for (int i = 0; i < count; ++i)
-        *sum_at(batch, hs, t + i) +=
-            i >= spoilt || bad(i) ? NOT_A_NUMBER : tile.dot(tile.q.at(i), rows.at(i), rows.padded);
+        of_decay.query(i, i >= spoilt || bad(i) ? NOT_A_NUMBER : tile.dot(tile.q.at(i), rows.at(i), rows.padded));
     if (p.causal) {
       tile.decayed(of_weights, count, p.normalize ? c : nullptr, [](int, float) {});
       tile.add_lower_exact(of_weights, tile.k, rows, count);
@@ -240,22 +225,17 @@ class Backward {
     }
     for (int64_t t = last_chunk(s); t >= s.from; t -= CHUNK) {
       const int count = int(std::min<int64_t>(CHUNK, s.to - t));
+      of_decay.begin_keys(s, hs, t, grad, lost);
       tile.load_keys(s.batch, hs, t, count);
       Words<>&dk = of_keys, &dv = of_values;
       tile.cross(tile.keys_at_end(), grad.second(), grad.second_ld, dv, count);
-      if (b.grad_sums) {
-        transpose(grad.main.at(0), grad.main.ld, grad_t, tile.k.ld, vectors(p.features), g.padded);
-        tile.cross_exact(tile.v, grad_t, tile.k.ld, dk, count);
-      } else {
-        grad.turn(grad_t, tile.k.ld);
-        tile.cross(tile.v, grad_t, tile.k.ld, dk, count);
-      }
+      grad.turn(grad_t, tile.k.ld);
+      tile.cross(tile.v, grad_t, tile.k.ld, dk, count);
       if (p.normalize)
         for (int j = 0; j < count; ++j)
           for (int d = 0; d < dk.padded; d += W) store(dk.at(j) + d, load(dk.at(j) + d) + load(grad.sum + d));
       if (tile.decay.any()) tile.scale_rows(dk, tile.decay.to_end, count);
-      if (b.grad_sums)
-        for (int j = 0; j < count; ++j) *sum_at(s.batch, hs, t + j) -= tile.dot(tile.k.at(j), dk.at(j), dk.padded);
+      if (of_decay.wanted()) of_decay.keys(dk, count);
       int spoilt = lost ? CHUNK : 0;  // keys before this one
       if (p.causal) {
         grad.shrink(tile.decay.whole);
@@ -268,11 +248,12 @@ class Backward {
           tile.decayed(tile.weights, count, nullptr, [](int, float) {});
           tile.add_upper(tile.weights, g, dv, count);
           tile.lower(g, v_t, of_weights, count);
-          if (b.grad_sums) sum_pairs(s.batch, hs, t, count);
+          if (of_decay.wanted()) of_decay.pairs(tile.weights, of_weights, c, count);
           tile.decayed(of_weights, count, p.normalize ? c : nullptr, [](int, float) {});
           tile.add_upper(of_weights, tile.q, dk, count);
           remember(count);
         }
+        of_decay.end_keys(s.batch, hs, t, count);
       }
       for (int j = 0; j < count; ++j) store_key(s.batch, hs, t + j, j, j < spoilt || tile.k.bad(j) || tile.v.bad(j));
       lost |= spoilt > 0;
@@ -280,24 +261,6 @@ class Backward {
     if (!p.causal || !s.first) return;
     if (lost) grad.spoil();
     grad.write(kv_of(p, b.grad_initial_kv, s.sequence, hs), sum_of(p, b.grad_initial_k_sum, s.sequence, hs));
-  }
-
-  // What the pairs of a chunk add to the gradients of the decay's sums: each is behind the sum at its query and before
-  // that at its key. A query with its own key depends on neither, and is left out rather than taken away again.
-  void sum_pairs(int64_t batch, int64_t hs, int64_t t, int count) const {
-    float of_key[CHUNK] = {};
-    for (int i = 1; i < count; ++i) {
-      const float *w = tile.weights + i * tile.ld, *of = of_weights + i * tile.ld;
-      vf sum{};
-      for (int j = 0; j < i; j += W) {
-        const vf x = load(w + j) * (load(of + j) + c[i]);
-        const vf y = Tile<PAIRS>::lanes() + j < i ? x : vf{};
-        store(of_key + j, load(of_key + j) + y);
-        sum += y;
-      }
-      *sum_at(batch, hs, t + i) += sum_lanes(sum)[0];
-    }
-    for (int j = 0; j < count; ++j) *sum_at(batch, hs, t + j) -= of_key[j];
   }
 
   void store_key(int64_t batch, int64_t hs, int64_t t, int j, bool lost) {
@@ -319,6 +282,7 @@ class Backward {
   const BackwardParams& b;
   const Params& p;
   Tile<PAIRS> tile;
+  DecayGradient<PAIRS> of_decay;
   const bool again;  // the sum in c is made again
   Rows<PAIRS> g, early_q;
   Words<> of_keys, of_values;

@@ -12,8 +12,6 @@
 namespace accel::linear_attention {
 namespace {
 
-constexpr int64_t CHUNK = 64;
-
 // Everything a call needs besides its tensors: what the parameters point into.
 struct Call {
   Params p{};
@@ -56,7 +54,7 @@ void cut(std::vector<Segment>& segments, std::vector<int64_t>& first, int64_t ba
   first.push_back(int64_t(segments.size()));
   for (int64_t at = from; at < to || at == from; at += length) {  // one without tokens hands its state on
     segments.push_back({batch, sequence, at, std::min(at + length, to), int64_t(segments.size()), at == from,
-                        at + length >= to});
+                        at + length >= to, 0});
     if (from == to) break;
   }
 }
@@ -203,27 +201,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
   return {out, kv_out, sum_out, den};
 }
 
-// The gradient of log_decay from those of its sums up to each token: a running sum from the end of each sequence.
-Tensor decay_gradient(const Call& call, const Tensor& decay, const std::vector<double>& sums) {
-  const Params& p = call.p;
-  Tensor grad = torch::stable::new_empty(decay, {decay.size(0), decay.size(1), decay.size(2)});
-  float* to = mutable_floats(grad);
-  torch::stable::parallel_for(0, p.state_heads, 1, [&](int64_t from, int64_t end) {
-    for (int64_t hs = from; hs < end; ++hs) {
-      double all = 0.0;
-      for (int64_t n = 0; n < p.sequences; ++n) {
-        const int64_t first = call.first_key[size_t(n)], last = call.first_key[size_t(n) + 1] - 1;
-        const Segment &begin = call.key_segments[size_t(first)], &stop = call.key_segments[size_t(last)];
-        double sum = 0.0;
-        for (int64_t t = stop.to - 1; t >= begin.from; --t) {
-          sum += sums[size_t((begin.batch * p.state_heads + hs) * p.keys + t)];
-          if (p.decay_token) to[(begin.batch * p.state_heads + hs) * p.keys + t] = float(sum);
-          all += sum;
-        }
-      }
-      if (!p.decay_token) to[hs] = float(all);
-    }
-  });
+// Numbers the states that runs keep for the gradient of decay; how many there are.
+int64_t number_kept(Call& call) {
+  int64_t kept = 0;
+  for (size_t n = 0; n < call.query_segments.size(); ++n) {
+    const int64_t tokens = call.query_segments[n].to - call.query_segments[n].from;
+    call.query_segments[n].kept = call.key_segments[n].kept = kept;
+    kept += std::max<int64_t>(tokens - 1, 0) / (STRETCH * CHUNK);
+  }
+  return kept;
+}
+
+// The gradient of a decay that is one for all tokens of a head.
+Tensor sum_over_tokens(const Params& p, const Tensor& decay, const Tensor& each) {
+  Tensor grad = torch::stable::new_empty(decay, {1, p.state_heads, 1});
+  const float* from = static_cast<const float*>(each.const_data_ptr());
+  for (int64_t hs = 0; hs < p.state_heads; ++hs) {
+    double sum = 0.0;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t t = 0; t < p.keys; ++t) sum += double(from[(b * p.state_heads + hs) * p.keys + t]);
+    mutable_floats(grad)[hs] = float(sum);
+  }
   return grad;
 }
 
@@ -281,8 +279,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   b.grad_initial_kv = kv && needs[1] ? mutable_floats(grad_initial_kv) : nullptr;
   b.grad_initial_k_sum = k_sum && needs[2] ? mutable_floats(grad_initial_sum) : nullptr;
   const bool decays = decay && needs[0];
-  std::vector<double> sums(decays ? size_t(p.batch * hs * p.keys) : 0, 0.0);
-  b.grad_sums = decays ? sums.data() : nullptr;
+  Tensor grad_decay = floats(q, decays, {p.batch, hs, p.keys});
+  Tensor kept = floats(q, decays, {decays ? number_kept(call) : 0, hs, slot_size(p)});
+  b.grad_decay = decays ? mutable_floats(grad_decay) : nullptr;
+  b.kept = decays ? mutable_floats(kept) : nullptr;
   b.forward = p;
 
   const int64_t runs = int64_t(call.key_segments.size());
@@ -305,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   for (int which = 0; which < 3; ++which)
     if (shares[which] > 1)
       torch::stable::parallel_for(0, rows[which], 64, [&](int64_t from, int64_t to) { sum(b, which, from, to); });
-  Tensor grad_decay = decays ? decay_gradient(call, *decay, sums) : floats(q, false, {});
+  if (decays && !p.decay_token) grad_decay = sum_over_tokens(p, *decay, grad_decay);
   return {grad_q, grad_k, grad_v, grad_decay, grad_initial_kv, grad_initial_sum};
 }
 

@@ -8,6 +8,9 @@
 
 namespace accel::linear_attention {
 
+constexpr int CHUNK = 64;    // tokens whose pairs are looked at together
+constexpr int STRETCH = 16;  // chunks whose states a backward holds, where it has to make them again
+
 // (B, heads, tokens, size) with any strides, in elements, and the last axis contiguous. Output head h reads head h / share
 // of q, state head s head s / share of k and v.
 struct Strided {
@@ -22,6 +25,7 @@ struct Segment {
   int64_t batch, sequence, from, to;
   int64_t slot;  // in causal order its own number, else that of the first run of its sequence on the other side
   bool first, last;  // of the runs of its sequence
+  int64_t kept;      // states that were kept of the runs before it
 };
 
 // States (slots, Hs), each (F, E), then F numbers for the denominator; and whether something that is not finite went
@@ -67,7 +71,8 @@ struct BackwardParams {
   float* by_sum;       // (B, H, T), the gradients of the denominators, made with those of queries; null if there are none
   States grad_states;  // of each run of queries: the gradient of the state where it ends; else as `states`
   float *grad_initial_kv, *grad_initial_k_sum;  // (N, Hs, F, E) and (N, Hs, F), or null
-  double* grad_sums;                            // (B, Hs, T): of the sum of log_decay up to each token, or null
+  float* grad_decay;  // (B, Hs, T), or null
+  float* kept;        // with it: of each run the states, turned, before every STRETCH-th chunk but the first
 };
 
 }  // namespace accel::linear_attention

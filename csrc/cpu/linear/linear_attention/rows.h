@@ -19,7 +19,6 @@ namespace accel::ACCEL_ISA::linear {
 
 using namespace accel::linear_attention;
 
-constexpr int CHUNK = 64;
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 template <typename T>
