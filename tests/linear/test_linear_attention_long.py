@@ -74,3 +74,33 @@ def gradients_of_decay(tokens, normalize, with_state, per_head):
 def test_the_gradient_of_decay_does_not_drift(tokens, normalize, with_state, of, backend):
     ours, want = gradients_of_decay(tokens, normalize, with_state, of == "head")
     assert_close(ours(backend), want, "linear_grad", FP32, f"{tokens} tokens")
+
+
+def gradient_of_queries(q, k, v, upstream, eps, chunk=128):
+    """That of features of q, whose rows are normalized, by its formula in float64."""
+    q, k, v, upstream = [x.double() for x in (q, k, v, upstream)]
+    kv, k_sum, rows = q.new_zeros(*q.shape[:2], q.shape[3], v.shape[3]), q.new_zeros(*q.shape[:2], q.shape[3], 1), []
+    for t in range(0, q.shape[2], chunk):
+        a, b, c, g = [x[:, :, t : t + chunk] for x in (q, k, v, upstream)]
+        weights = (a @ b.mT).tril()
+        den = weights.sum(-1, keepdim=True) + a @ k_sum + eps
+        g = g / den
+        along = (g * (weights @ c + a @ kv)).sum(-1, keepdim=True) / den
+        rows.append((g @ c.mT - along).tril() @ b + g @ kv.mT - along * k_sum.mT)
+        kv, k_sum = kv + b.mT @ c, k_sum + b.sum(-2)[..., None]
+    return torch.cat(rows, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_late_queries_keeps_its_digits(backend):
+    """It is the difference of two sums over all tokens, one of them of the denominator. Where rows see few keys it is
+    that of nearly equal numbers, and much larger than it is later on: those are measured as such."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = [1.0 + torch.rand(1, 1, 65536, 16, generator=generator) for _ in range(2)]
+    v, upstream = [torch.randn(1, 1, 65536, 16, generator=generator) for _ in range(2)]
+    want = gradient_of_queries(q, k, v, upstream, 1e-6)
+    leaf = q.clone().requires_grad_()
+    out = accel.linear_attention(leaf, k, v, feature_map="identity", causal=True, backend=backend)
+    (got,) = torch.autograd.grad(out, leaf, upstream)
+    assert_close(got[:, :, :64], want[:, :, :64], "linear_few_grad", FP32, "the first rows")
+    assert_close(got[:, :, 64:], want[:, :, 64:], "linear_grad", FP32, "the other rows")

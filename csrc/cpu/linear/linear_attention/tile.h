@@ -225,9 +225,13 @@ class Tile {
                 a.size, state.padded / W);
   }
 
+  // sum += the rows of a, each times a number; first among themselves, since the sum may be of many more.
   static void add_rows(const Rows<PAIRS>& a, const float* mul, float* sum, int count) {
-    for (int i = 0; i < count; ++i)
-      for (int d = 0; d < a.padded; d += W) store(sum + d, load(sum + d) + load(a.at(i) + d) * (mul ? mul[i] : 1.0f));
+    for (int d = 0; d < a.padded; d += W) {
+      vf added{};
+      for (int i = 0; i < count; ++i) added += load(a.at(i) + d) * (mul ? mul[i] : 1.0f);
+      store(sum + d, load(sum + d) + added);
+    }
   }
 
   static void scale_rows(Words<>& x, const float* mul, int count) {
