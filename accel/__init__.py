@@ -5,13 +5,13 @@ Everything here runs on GPU and CPU, has gradients, and refuses in a sentence wh
 
 from accel._version import __version__
 from accel.dispatch import explain, use
-from accel.flash_mix import flash_mix
 from accel.ops.attention.softmax_attention import softmax_attention
 from accel.ops.boxes.ps_roi_align import ps_roi_align
 from accel.ops.boxes.ps_roi_pool import ps_roi_pool
 from accel.ops.deformable.deform_attention2d import deform_attention2d
 from accel.ops.deformable.deform_conv2d import deform_conv2d
 from accel.ops.deformable.ms_deform_attn import ms_deform_attn
+from accel.ops.linear.flash_mix import flash_mix
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.linear_attention import linear_attention
 from accel.ops.linear.linear_attention_step import linear_attention_step

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from accel.backends import inner_dtype
-from accel.flash_mix import flash_mix
 from accel.nn import gated_readers
+from accel.ops.linear.flash_mix import flash_mix
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.gau_strips import ACTIVATIONS
 from accel.ops.rules import T5Buckets

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from accel.flash_mix import mix
 from accel.ops.rules import T5Buckets
 from accel.patches.entry import DROPOUT, Entry, why_not_bypass, why_not_dropout, why_not_version
 
@@ -85,11 +84,12 @@ def _flash(layer: Any, attend: Attend, x: Tensor, mask: Tensor | None = None) ->
     if layer.rotary_pos_emb is not None:
         uses = [layer.rotary_pos_emb.rotate_queries_or_keys(use) for use in uses]
     quad_q, lin_q, quad_k, lin_k = uses
-    activation = _activation(layer)
-    assert activation is not None
-    out, _ = mix(
-        attend,
-        *(quad_q, quad_k, lin_q, lin_k, v, gate, layer.group_size, layer.causal, activation, None, mask),
+    out = attend(
+        *(quad_q, quad_k, lin_q, lin_k, v, gate),
+        chunk_size=layer.group_size,
+        causal=layer.causal,
+        activation=_activation(layer),
+        key_mask=mask,
         **_rules(layer, 1.0),
     )
     return layer.to_out(out) + x
@@ -97,5 +97,5 @@ def _flash(layer: Any, attend: Attend, x: Tensor, mask: Tensor | None = None) ->
 
 ENTRIES = (
     Entry(f"{MODULE}.GAU", "forward", _why_not, _unit, _why_not_call, op="gau_attention"),
-    Entry(f"{MODULE}.FLASH", "forward", _why_not_flash, _flash, _why_not_call, op="gau_attention"),
+    Entry(f"{MODULE}.FLASH", "forward", _why_not_flash, _flash, _why_not_call, op="flash_mix"),
 )

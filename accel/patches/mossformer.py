@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.flash_mix import mix
+from accel.ops.linear.gau_attention import gau_attention
 from accel.patches.entry import DROPOUT, Entry, why_not_bypass, why_not_dropout, why_not_version
 
 SHARED = (
@@ -45,12 +45,8 @@ def _mixed(
     layer: Any, attend: Callable[..., Tensor], tokens: int, uses: tuple[Tensor, ...], both: Tensor, mask: Tensor | None
 ) -> Tensor:
     quad_q, lin_q, quad_k, lin_k = uses
-    out, _ = mix(
-        attend,
-        *(quad_q, quad_k, lin_q, lin_k, both, None, tokens, layer.causal, "relu2", None, mask),
-        dropout_p=_dropout(layer),
-    )
-    return out
+    how = {"chunk_size": tokens, "causal": layer.causal, "key_mask": mask, "dropout_p": _dropout(layer)}
+    return attend(quad_q, quad_k, lin_q, lin_k, both, **how)
 
 
 def _dropout(layer: Any) -> float:
@@ -114,12 +110,12 @@ def _across(
     q, k, values = (y.unflatten(0, (B, -1)).transpose(1, 2) for y in (uses[0], uses[2], both))  # places as heads
     others = ~torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
     scale = 1.0 / max(q.shape[2], 1)
-    along = attend(q, k, values, activation="relu2", scale=scale, mask=others, dropout_p=_dropout(layer))
+    along = gau_attention(q, k, values, activation="relu2", scale=scale, mask=others, dropout_p=_dropout(layer))
     out = within + along.transpose(1, 2).flatten(0, 1)
     return out[..., : v.shape[-1]], out[..., v.shape[-1] :]
 
 
 ENTRIES = (
-    *(Entry(name, "cal_attention", _why_not, _shared, _why_not_call, "gau_attention") for name in SHARED),
-    Entry(ACROSS, "cal_attention", _why_not, _across, _why_not_across, "gau_attention"),
+    *(Entry(name, "cal_attention", _why_not, _shared, _why_not_call, "flash_mix") for name in SHARED),
+    Entry(ACROSS, "cal_attention", _why_not, _across, _why_not_across, "flash_mix"),
 )

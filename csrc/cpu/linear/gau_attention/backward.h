@@ -182,23 +182,7 @@ class Backward {
     spoiled[at / TILE_ROWS].clear();
     logits.find_spoiled(&bad_upstream, at, bad_values, tile.count, s);
     if (logits.any_spoiled()) spoiled[at / TILE_ROWS] = logits.spoiled();
-    with_activation(p.activation, [&](auto activation) {
-      for (int i = 0; i < tile.count; ++i) {
-        float* x = logits.x + int64_t(i) * ld;
-        float* slope = slopes + int64_t(at + i) * ld;
-        for (int j = s.from; j < s.to; j += W) {
-          const Weight w = weigh<activation>(load(x + j));
-          store(x + j, w.value);
-          store(slope + j, w.slope);
-        }
-        if (!p.dropout) continue;
-        for (int j = s.live_from; j < s.live_to; ++j) {
-          const float keep = logits.keep(batch, h, tile.query + i, first + j);
-          x[j] *= keep;
-          slope[j] *= keep;
-        }
-      }
-    });
+    weigh_with_slopes(logits, p.activation, batch, h, tile, first, s, slopes + int64_t(at) * ld);
     for (int64_t pair : spoiled[at / TILE_ROWS]) logits.x[pair] = NOT_A_NUMBER;
   }
 

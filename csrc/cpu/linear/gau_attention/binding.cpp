@@ -1,22 +1,13 @@
 // torch ops accel_native::gau_attention_{forward,backward}: checks, allocation, threads. Every argument has the form that
 // accel/ops/linear/gau_attention.py gives it, which is the only caller and the place where the op is defined.
 
-#include <string>
 #include <tuple>
 
 #include "cpu/_pairs_binding.h"
-#include "params.h"
+#include "names.h"
 
 namespace accel::gau_attention {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  if (name == "relu2") return Activation::relu2;
-  if (name == "laplace") return Activation::laplace;
-  if (name == "silu") return Activation::silu;
-  STD_TORCH_CHECK(name == "sigmoid", "activation must be relu2, laplace, silu or sigmoid, got ", name);
-  return Activation::sigmoid;
-}
 
 // `x` has the shape of the output and the dtype of q.
 Strided like_output(const PairParams& p, const Tensor& q, const Tensor& x, const char* name) {

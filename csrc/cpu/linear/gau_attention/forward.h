@@ -94,7 +94,7 @@ class Forward {
       const Span& s = spans[size_t(n - first)];
       if (s.empty()) continue;
       find_logits(b, kv, first, n, keys);
-      take_weights(b, head_of(kv, n), tile_of(b, n), weights[size_t(n - first)], keys, s);
+      take_weights<PAIRS>(logits, p.activation, b, head_of(kv, n), tile_of(b, n), weights[size_t(n - first)], keys, s);
     }
     bad_values.forget();
     for (int panel = 0; panel < panels_of(p.value_dim); ++panel) {
@@ -132,7 +132,7 @@ class Forward {
     for (int i = 0; i < tile.count; ++i)
       for (int j = s.live_from; j < s.live_to; ++j)
         seen[size_t(i) * BLOCK_KEYS + size_t(j)] = logits.x[int64_t(i) * logits.ld + j] != NEG_INF;
-    weigh_tile(b, h, tile, keys, s);
+    weigh_tile(logits, p.activation, b, h, tile, keys, s);
     for (int i = 0; i < tile.count; ++i) {
       float* made = out.at(row + i);
       vf check{};
@@ -163,32 +163,6 @@ class Forward {
   // tile's logits will do for all.
   void place(int64_t row) {
     if constexpr (!PAIRS) logits.x = tiles + row * logits.ld;
-  }
-
-  void take_weights(int64_t b, int64_t h, const Tile& tile, Weights<PAIRS>& of, int64_t keys, const Span& s) {
-    if (!PAIRS || p.dropout) {
-      weigh_tile(b, h, tile, keys, s);
-      of.take(logits.x, logits.ld, tile.count, s.from, s.to);
-      return;
-    }
-    of.begin(s.from);
-    with_activation(p.activation, [&](auto activation) {
-      for (int i = 0; i < tile.count; ++i) {
-        const float* x = logits.x + int64_t(i) * logits.ld;
-        of.fill_row(i, s.from, s.to, [&](int j) { return weigh<activation>(load(x + j)).value; });
-      }
-    });
-  }
-
-  void weigh_tile(int64_t b, int64_t h, const Tile& tile, int64_t keys, const Span& s) {
-    with_activation(p.activation, [&](auto activation) {
-      for (int i = 0; i < tile.count; ++i) {
-        float* x = logits.x + int64_t(i) * logits.ld;
-        for (int j = s.from; j < s.to; j += W) store(x + j, weigh<activation>(load(x + j)).value);
-        if (!p.dropout) continue;
-        for (int j = s.live_from; j < s.live_to; ++j) x[j] *= logits.keep(b, h, tile.query + i, keys + j);
-      }
-    });
   }
 
   void pack_values(int64_t b, int64_t kv, int64_t keys, int from, int to, int column, int width) {

@@ -42,8 +42,58 @@ void with_activation(Activation a, F f) {
   if (a == sigmoid) f(std::integral_constant<Activation, sigmoid>{});
 }
 
-// Columns of values that are multiplied at a time: a block of keys of them stays in the second-level cache.
-constexpr int PANEL = 128;
+// The tile's logits become weights where they lie, or what dropout leaves of them.
+inline void weigh_tile(const Logits& logits, Activation a, int64_t b, int64_t h, const Tile& tile, int64_t keys,
+                       const Span& s) {
+  with_activation(a, [&](auto activation) {
+    for (int i = 0; i < tile.count; ++i) {
+      float* x = logits.x + int64_t(i) * logits.ld;
+      for (int j = s.from; j < s.to; j += W) store(x + j, weigh<activation>(load(x + j)).value);
+      if (!logits.p.dropout) continue;
+      for (int j = s.live_from; j < s.live_to; ++j) x[j] *= logits.keep(b, h, tile.query + i, keys + j);
+    }
+  });
+}
+
+// The same as the first operand of a product.
+template <bool PAIRS>
+void take_weights(const Logits& logits, Activation a, int64_t b, int64_t h, const Tile& tile, Weights<PAIRS>& of,
+                  int64_t keys, const Span& s) {
+  if (!PAIRS || logits.p.dropout) {
+    weigh_tile(logits, a, b, h, tile, keys, s);
+    of.take(logits.x, logits.ld, tile.count, s.from, s.to);
+    return;
+  }
+  of.begin(s.from);
+  with_activation(a, [&](auto activation) {
+    for (int i = 0; i < tile.count; ++i) {
+      const float* x = logits.x + int64_t(i) * logits.ld;
+      of.fill_row(i, s.from, s.to, [&](int j) { return weigh<activation>(load(x + j)).value; });
+    }
+  });
+}
+
+// The tile's logits become weights, beside their slopes, both as dropout leaves them.
+inline void weigh_with_slopes(const Logits& logits, Activation a, int64_t b, int64_t h, const Tile& tile, int64_t keys,
+                              const Span& s, float* slopes) {
+  with_activation(a, [&](auto activation) {
+    for (int i = 0; i < tile.count; ++i) {
+      float* x = logits.x + int64_t(i) * logits.ld;
+      float* slope = slopes + int64_t(i) * logits.ld;
+      for (int j = s.from; j < s.to; j += W) {
+        const Weight w = weigh<activation>(load(x + j));
+        store(x + j, w.value);
+        store(slope + j, w.slope);
+      }
+      if (!logits.p.dropout) continue;
+      for (int j = s.live_from; j < s.live_to; ++j) {
+        const float keep = logits.keep(b, h, tile.query + i, keys + j);
+        x[j] *= keep;
+        slope[j] *= keep;
+      }
+    }
+  });
+}
 
 inline int panels_of(int size) { return (size + PANEL - 1) / PANEL; }
 inline int panel_width(int size, int panel) { return std::min(PANEL, size - panel * PANEL); }

@@ -28,16 +28,6 @@ Strided strided(const Tensor& x, const char* name, int64_t readers) {
   return {const_cast<void*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2), readers / x.size(1)};
 }
 
-std::vector<int64_t> offsets_of(const OptionalTensor& cu, int64_t total, const char* name) {
-  STD_TORCH_CHECK(cu->scalar_type() == ScalarType::Int && cu->numel() > 1, name, " must be int32, two or more");
-  check_cpu(*cu, name);
-  const int32_t* at = static_cast<const int32_t*>(cu->const_data_ptr());
-  std::vector<int64_t> out(at, at + cu->numel());
-  STD_TORCH_CHECK(out.front() == 0 && out.back() == total && std::is_sorted(out.begin(), out.end()), name,
-                  " must rise from 0 to ", total);
-  return out;
-}
-
 // Runs of a sequence of `tokens`, chunks each. Their number follows from shapes alone, so that sums have the same order
 // whatever the number of threads, and from one sequence alone, so that a batch changes no bits. In causal order a run
 // that follows others has its state computed twice: only few heads are cut for the sake of the cores.
