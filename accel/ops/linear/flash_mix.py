@@ -423,7 +423,7 @@ def flash_mix(
         initial_state=initial_state,
         return_state=return_state,
     )
-    out, state, _ = _run(args, backend)
+    out, state, _ = _run(args, backend, 2 if return_state else 1)
     return (out, state) if return_state else out
 
 
