@@ -43,6 +43,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, offsets: Tensor, t
 
 
 _native = backends.native("grouped_linear")
+_triton = backends.triton(__name__)
 _torch = (grouped_torch.why_not_linear, grouped_torch.linear_forward, grouped_torch.linear_backward)
 
 
@@ -163,6 +164,7 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("torch", *_torch, frozenset({"cpu"}), (torch.bfloat16,), extra=True),
             dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )

@@ -78,6 +78,7 @@ def _torch_backward(grad: Tensor, hidden: Tensor, *given: Any) -> tuple[Tensor, 
 
 
 _native = backends.native("moe_experts")
+_triton = backends.triton(__name__)
 _torch = (grouped_torch.why_not_experts, _torch_forward, _torch_backward)
 
 
@@ -309,6 +310,7 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("torch", *_torch, frozenset({"cpu"}), (torch.bfloat16,), extra=True),
             dispatch.Backend("cpu", backends.why_not_cpu, *_native, frozenset({"cpu"}), KERNEL_DTYPES),
+            dispatch.Backend("triton", *_triton, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
     )
