@@ -99,17 +99,22 @@ def hidden_kernel(
     experts, depth, inner, numbers, CONFIG: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one expert and some of what is behind its activation; 0 in rows of none."""
-    blocks = tl.cdiv(inner, CONFIG.outputs)
+    UNIT: tl.constexpr = CONFIG.unit
+    depth *= UNIT
+    inner *= UNIT
+    ROWS: tl.constexpr = CONFIG.rows
+    OUTPUTS: tl.constexpr = CONFIG.outputs
+    blocks = tl.cdiv(inner, OUTPUTS)
     tile = tl.program_id(0) // blocks
-    j = tl.program_id(0) % blocks * CONFIG.outputs + tl.arange(0, CONFIG.outputs)
+    j = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     columns = j < inner
     expert = tl.load(expert_ptr + tile)
-    n = tl.load(first_ptr + tile) + tl.arange(0, CONFIG.rows)
+    n = tl.load(first_ptr + tile) + tl.arange(0, ROWS)
     inside = n < tl.load(stop_ptr + tile)
     outputs = 2 * inner if GATE.gated else inner
     gate, up = _places(j, inner, GATE)
-    a = tl.zeros((CONFIG.rows, CONFIG.outputs), tl.float32)
-    b = tl.zeros((CONFIG.rows, CONFIG.outputs), tl.float32)
+    a = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    b = tl.zeros((ROWS, OUTPUTS), tl.float32)
     if expert < experts:
         row, there = row_of(source_ptr, n, inside, tokens, choices)
         weight_ptr += expert * depth * outputs
@@ -146,15 +151,17 @@ def back_kernel(
 ):  # fmt: skip
     """Some rows, all of their outputs: from the gradient behind the activation to that before it, to the gradient of
     the router's weights, and the activation again, weighed."""
-    n = tl.program_id(0).to(tl.int64) * CONFIG.rows + tl.arange(0, CONFIG.rows)
+    ROWS: tl.constexpr = CONFIG.rows
+    OUTPUTS: tl.constexpr = CONFIG.outputs
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = n < rows
     token, there = row_of(source_ptr, n, inside, tokens, choices)
     choice = tl.load(source_ptr + n, mask=there, other=0)
     weight = tl.load(weights_ptr + choice, mask=there, other=0.0)
     outputs = 2 * inner if GATE.gated else inner
-    total = tl.zeros((CONFIG.rows, CONFIG.outputs), tl.float32)
-    for j0 in range(0, inner, CONFIG.outputs):
-        j = j0 + tl.arange(0, CONFIG.outputs)
+    total = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for j0 in range(0, inner, OUTPUTS):
+        j = j0 + tl.arange(0, OUTPUTS)
         columns = (j < inner)[None, :]
         some, mask = there[:, None] & columns, inside[:, None] & columns
         gate, up = _places(j, inner, GATE)
@@ -193,8 +200,8 @@ def back_kernel(
     if grad_weights_ptr is not None:
         if bias_ptr is not None:
             expert = tl.load(owner_ptr + n, mask=there, other=0)
-            for c0 in range(0, depth, CONFIG.outputs):
-                c = c0 + tl.arange(0, CONFIG.outputs)
+            for c0 in range(0, depth, OUTPUTS):
+                c = c0 + tl.arange(0, OUTPUTS)
                 some = there[:, None] & (c < depth)[None, :]
                 g = tl.load(grad_ptr + token[:, None] * depth + c[None, :], mask=some, other=0.0).to(tl.float32)
                 total += g * tl.load(bias_ptr + expert[:, None] * depth + c[None, :], mask=some, other=0.0)
@@ -213,13 +220,13 @@ def hidden_launch(
         hidden_kernel, of.expert.shape[0] * triton.cdiv(inner, tile[0].outputs), tile[1], tile[2], made_ptr=made,
         hidden_ptr=hidden, x_ptr=x, weight_ptr=weight, bias_ptr=bias, source_ptr=source.choice, expert_ptr=of.expert,
         first_ptr=of.first, stop_ptr=of.stop, tokens=source.tokens, choices=source.choices, experts=weight.shape[0],
-        depth=x.shape[1], inner=inner, numbers=numbers, CONFIG=tile[0], GATE=gate,
+        depth=x.shape[1] // tile[0].unit, inner=inner // tile[0].unit, numbers=numbers, CONFIG=tile[0], GATE=gate,
     )  # fmt: skip
 
 
 def hidden_tile(args: Any, rows: int) -> tuple[products.Config, int, int]:
     how = (products.average(rows, args.gate_up_proj.shape[0]), args.inner, args.x.shape[1])
-    return products.config(args.x.dtype, *how, inner_first=not args.transposed)
+    return products.config(args.x.dtype, *how, products.unit_of(*how[1:]), inner_first=not args.transposed)
 
 
 def back_launch(

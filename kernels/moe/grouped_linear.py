@@ -52,7 +52,7 @@ def compile_cases() -> Iterator[_launch.CompileCase]:
         x, weight = torch.empty((N, C), dtype=dtype, device="meta"), torch.empty((X, O, C), dtype=dtype, device="meta")
         out, bias = torch.empty((N, O), dtype=dtype, device="meta"), torch.empty((X, O), device="meta")
         given = weight if inner else weight.transpose(1, 2)
-        tile = products.config(dtype, products.average(N, X), O, C, inner_first=inner)
+        tile = products.config(dtype, products.average(N, X), O, C, products.unit_of(O, C), inner_first=inner)
         name = f"{str(dtype)[6:]} {C} to {O}{'' if inner else ' transposed'}"
         of, edges = products.Tiles(*[torch.empty(N, dtype=torch.int64, device="meta")] * 3), out.new_empty(X + 2).long()
         yield products.product_launch(out, x, given, inner, bias, of, products.AS_THEY_LIE, tile).case(name)
@@ -60,6 +60,6 @@ def compile_cases() -> Iterator[_launch.CompileCase]:
             yield products.product_launch(out, x, given, inner, None, of, products.AS_THEY_LIE, tile).case(
                 f"{name} without bias"
             )
-            tile = products.config(dtype, O, C, products.average(N, X))
+            tile = products.config(dtype, O, C, products.average(N, X), products.unit_of(O, C))
             yield products.outer_launch(weight, out, x, edges, products.AS_THEY_LIE, tile).case(name)
             yield products.sums_launch(bias, out, None, edges, products.AS_THEY_LIE).case(name)

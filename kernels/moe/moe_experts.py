@@ -136,7 +136,7 @@ def _cases(dtype: torch.dtype, size: tuple[int, ...], gate: Gate) -> Iterator[_l
     name = f"{str(dtype)[6:]} {C} to {I} {gate.function} {turns}"
     first = gate == GATES[0]
     for transposed in (False, True) if first else (gate.interleaved,):
-        tile = products.config(dtype, products.average(N, X), I, C, inner_first=not transposed)
+        tile = products.config(dtype, products.average(N, X), I, C, products.unit_of(I, C), inner_first=not transposed)
         weight = meta(X, C, J) if transposed else meta(X, J, C)
         given = bias if gate.limited else None
         launched = gates.hidden_launch(made, hidden, x, weight, given, of, source, gate, numbers, tile)
@@ -146,12 +146,13 @@ def _cases(dtype: torch.dtype, size: tuple[int, ...], gate: Gate) -> Iterator[_l
         hidden, made, factors, hidden, made, factors, x, given, owner, source, X, gate, numbers
     ).case(name)  # fmt: skip
     if first:
-        tile = products.config(dtype, products.average(N, X), I, C)
+        tile = products.config(dtype, products.average(N, X), I, C, products.unit_of(I, C))
         yield products.product_launch(made, x, meta(X, C, I), False, None, of, source, tile).case(f"{name} gathered")
         edges = meta(X + 2, kind=torch.int64)
         for left in (True, False):
             a, b = (C, I) if left else (I, C)
-            tile = products.config(dtype, a, b, products.average(N, X), gather_left=left, gather_right=not left)
+            how = {"gather_left": left, "gather_right": not left}
+            tile = products.config(dtype, a, b, products.average(N, X), products.unit_of(a, b), **how)
             pair = (x, made) if left else (made, x)
             yield products.outer_launch(meta(X, a, b), *pair, edges, source, tile).case(f"{name} gathered {left}")
         yield products.sums_launch(down_bias, x, factors, edges, source).case(f"{name} gathered")

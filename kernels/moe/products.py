@@ -37,6 +37,9 @@ class Config:
     """Whether neighbours in a weight differ in what is summed over."""
     gather_left: bool = False
     gather_right: bool = False
+    unit: int = 1
+    """What sizes are multiples of, and are given in: of 16 a thread reads 16 bytes at once, while others are waited
+    for."""
 
 
 class Tiles(NamedTuple):
@@ -90,16 +93,18 @@ def row_of(source_ptr, n, inside, tokens, choices):
 @triton.jit
 def multiplied(acc, x_ptr, row, there, weight_ptr, column, columns, depth, outputs, CONFIG: tl.constexpr):
     """``acc`` plus rows of x times some columns of one expert's weights."""
-    for k0 in range(0, depth, CONFIG.depth):
-        k = k0 + tl.arange(0, CONFIG.depth)
+    DEPTH: tl.constexpr = CONFIG.depth
+    DOT: tl.constexpr = CONFIG.dot
+    for k0 in range(0, depth, DEPTH):
+        k = k0 + tl.arange(0, DEPTH)
         x = tl.load(
             x_ptr + row[:, None] * depth + k[None, :], mask=there[:, None] & (k < depth)[None, :], other=0.0
-        ).to(CONFIG.dot)  # fmt: skip
+        ).to(DOT)  # fmt: skip
         if CONFIG.inner_first:
             at = column[None, :].to(tl.int64) * depth + k[:, None]
         else:
             at = k[:, None].to(tl.int64) * outputs + column[None, :]
-        w = tl.load(weight_ptr + at, mask=(k < depth)[:, None] & columns[None, :], other=0.0).to(CONFIG.dot)
+        w = tl.load(weight_ptr + at, mask=(k < depth)[:, None] & columns[None, :], other=0.0).to(DOT)
         acc = tl.dot(x, w, acc, input_precision="ieee")
     return acc
 
@@ -110,14 +115,19 @@ def product_kernel(
     outputs, CONFIG: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one expert and some of its outputs; 0 in rows of none."""
-    blocks = tl.cdiv(outputs, CONFIG.outputs)
+    UNIT: tl.constexpr = CONFIG.unit
+    depth *= UNIT
+    outputs *= UNIT
+    ROWS: tl.constexpr = CONFIG.rows
+    OUTPUTS: tl.constexpr = CONFIG.outputs
+    blocks = tl.cdiv(outputs, OUTPUTS)
     tile = tl.program_id(0) // blocks
-    column = tl.program_id(0) % blocks * CONFIG.outputs + tl.arange(0, CONFIG.outputs)
+    column = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     columns = column < outputs
     expert = tl.load(expert_ptr + tile)
-    n = tl.load(first_ptr + tile) + tl.arange(0, CONFIG.rows)
+    n = tl.load(first_ptr + tile) + tl.arange(0, ROWS)
     inside = n < tl.load(stop_ptr + tile)
-    acc = tl.zeros((CONFIG.rows, CONFIG.outputs), tl.float32)
+    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
     if expert < experts:
         if source_ptr is not None:
             row, there = row_of(source_ptr, n, inside, tokens, choices)
@@ -137,14 +147,21 @@ def outer_kernel(
     out_ptr, left_ptr, right_ptr, source_ptr, offsets_ptr, tokens, choices, left_size, right_size, CONFIG: tl.constexpr
 ):  # fmt: skip
     """A tile of one expert's matrix: ``rows`` of the left size by ``outputs`` of the right one."""
-    across, down = tl.cdiv(right_size, CONFIG.outputs), tl.cdiv(left_size, CONFIG.rows)
+    UNIT: tl.constexpr = CONFIG.unit
+    left_size *= UNIT
+    right_size *= UNIT
+    ROWS: tl.constexpr = CONFIG.rows
+    OUTPUTS: tl.constexpr = CONFIG.outputs
+    DEPTH: tl.constexpr = CONFIG.depth
+    DOT: tl.constexpr = CONFIG.dot
+    across, down = tl.cdiv(right_size, OUTPUTS), tl.cdiv(left_size, ROWS)
     expert = (tl.program_id(0) // (across * down)).to(tl.int64)
-    a = tl.program_id(0) // across % down * CONFIG.rows + tl.arange(0, CONFIG.rows)
-    b = tl.program_id(0) % across * CONFIG.outputs + tl.arange(0, CONFIG.outputs)
+    a = tl.program_id(0) // across % down * ROWS + tl.arange(0, ROWS)
+    b = tl.program_id(0) % across * OUTPUTS + tl.arange(0, OUTPUTS)
     stop = tl.load(offsets_ptr + expert + 1)
-    acc = tl.zeros((CONFIG.rows, CONFIG.outputs), tl.float32)
-    for n0 in range(tl.load(offsets_ptr + expert), stop, CONFIG.depth):
-        n = n0 + tl.arange(0, CONFIG.depth).to(tl.int64)
+    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for n0 in range(tl.load(offsets_ptr + expert), stop, DEPTH):
+        n = n0 + tl.arange(0, DEPTH).to(tl.int64)
         inside = n < stop
         row, there = n, inside
         if CONFIG.gather_left or CONFIG.gather_right:
@@ -154,11 +171,11 @@ def outer_kernel(
         left = tl.load(
             left_ptr + of_left[None, :] * left_size + a[:, None], mask=there[None, :] & (a < left_size)[:, None],
             other=0.0,
-        ).to(CONFIG.dot)  # fmt: skip
+        ).to(DOT)  # fmt: skip
         right = tl.load(
             right_ptr + of_right[:, None] * right_size + b[None, :], mask=there[:, None] & (b < right_size)[None, :],
             other=0.0,
-        ).to(CONFIG.dot)  # fmt: skip
+        ).to(DOT)  # fmt: skip
         acc = tl.dot(left, right, acc, input_precision="ieee")
     at = expert * left_size * right_size + a[:, None].to(tl.int64) * right_size + b[None, :]
     mask = (a < left_size)[:, None] & (b < right_size)[None, :]
@@ -168,13 +185,15 @@ def outer_kernel(
 @triton.jit(do_not_specialize=INTS)
 def sums_kernel(out_ptr, x_ptr, weights_ptr, source_ptr, offsets_ptr, tokens, choices, outputs, CONFIG: tl.constexpr):
     """Some columns of one expert: the sum of its rows, each times the weight of its choice."""
-    blocks = tl.cdiv(outputs, CONFIG.outputs)
+    ROWS: tl.constexpr = CONFIG.rows
+    OUTPUTS: tl.constexpr = CONFIG.outputs
+    blocks = tl.cdiv(outputs, OUTPUTS)
     expert = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * CONFIG.outputs + tl.arange(0, CONFIG.outputs)
+    column = tl.program_id(0) % blocks * OUTPUTS + tl.arange(0, OUTPUTS)
     stop = tl.load(offsets_ptr + expert + 1)
-    acc = tl.zeros((CONFIG.rows, CONFIG.outputs), tl.float32)
-    for n0 in range(tl.load(offsets_ptr + expert), stop, CONFIG.rows):
-        n = n0 + tl.arange(0, CONFIG.rows).to(tl.int64)
+    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for n0 in range(tl.load(offsets_ptr + expert), stop, ROWS):
+        n = n0 + tl.arange(0, ROWS).to(tl.int64)
         inside = n < stop
         row, there = n, inside
         if source_ptr is not None:
@@ -204,7 +223,11 @@ def why_not(args: Any, weights: tuple[Tensor, ...], rows: int) -> str | None:
     return None
 
 
-def config(dtype: torch.dtype, rows: int, outputs: int, depth: int, **how: Any) -> tuple[Config, int, int]:
+def unit_of(*sizes: int) -> int:
+    return 16 if all([size % 16 == 0 for size in sizes]) else 1
+
+
+def config(dtype: torch.dtype, rows: int, outputs: int, depth: int, unit: int, **how: Any) -> tuple[Config, int, int]:
     """A tile, its warps and stages. fp32 is multiplied without tensor cores, from registers: small tiles."""
     most_rows, most_outputs, most_depth = (32, 32, 16) if dtype == torch.float32 else (64, 64, 32)
     tile = Config(
@@ -212,6 +235,7 @@ def config(dtype: torch.dtype, rows: int, outputs: int, depth: int, **how: Any) 
         _launch.power_of_two(outputs, 16, most_outputs),
         _launch.power_of_two(depth, 16, most_depth),
         _launch.dot_dtype(dtype),
+        unit=unit,
         **how,
     )
     return tile, 4, 3
@@ -232,7 +256,8 @@ def product_launch(
     return _launch.launch(
         product_kernel, programs, tile[1], tile[2], out_ptr=out, x_ptr=x, weight_ptr=weight, bias_ptr=bias,
         source_ptr=source.choice, expert_ptr=of.expert, first_ptr=of.first, stop_ptr=of.stop, tokens=source.tokens,
-        choices=source.choices, experts=experts, depth=depth, outputs=outputs, CONFIG=tile[0],
+        choices=source.choices, experts=experts, depth=depth // tile[0].unit, outputs=outputs // tile[0].unit,
+        CONFIG=tile[0],
     )  # fmt: skip
 
 
@@ -245,7 +270,9 @@ def product(
     outputs, depth = weight.shape[1:] if inner_first else reversed(weight.shape[1:])
     out = torch.empty((rows, outputs), dtype=_launch.store_dtype(x.dtype), device=x.device)
     if out.numel() > 0:
-        tile = config(x.dtype, average(rows, weight.shape[0]), outputs, depth, inner_first=inner_first)
+        tile = config(
+            x.dtype, average(rows, weight.shape[0]), outputs, depth, unit_of(outputs, depth), inner_first=inner_first
+        )
         of = tiles(offsets, rows, tile[0].rows)
         product_launch(out, x, weight, inner_first, bias, of, source, tile).run()
     return out.to(x.dtype)
@@ -258,7 +285,7 @@ def outer_launch(
     return _launch.launch(
         outer_kernel, experts * triton.cdiv(a, tile[0].rows) * triton.cdiv(b, tile[0].outputs), tile[1], tile[2],
         out_ptr=out, left_ptr=left, right_ptr=right, source_ptr=source.choice, offsets_ptr=edges, tokens=source.tokens,
-        choices=source.choices, left_size=a, right_size=b, CONFIG=tile[0],
+        choices=source.choices, left_size=a // tile[0].unit, right_size=b // tile[0].unit, CONFIG=tile[0],
     )  # fmt: skip
 
 
@@ -269,7 +296,14 @@ def outer(
     """``(X, A, B)``: the sum of the products of a row of ``left`` and one of ``right`` over each expert's rows."""
     size = (offsets.shape[0] - 1, left.shape[1], right.shape[1])
     out = torch.empty(size, dtype=_launch.store_dtype(left.dtype), device=left.device)
-    tile = config(left.dtype, *size[1:], average(rows, size[0]), gather_left=gather_left, gather_right=gather_right)
+    tile = config(
+        left.dtype,
+        *size[1:],
+        average(rows, size[0]),
+        unit_of(*size[1:]),
+        gather_left=gather_left,
+        gather_right=gather_right,
+    )
     if out.numel() > 0:
         outer_launch(out, left, right, bounded(offsets, rows), source, tile).run()
     return out.to(left.dtype)
