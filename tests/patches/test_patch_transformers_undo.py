@@ -192,7 +192,7 @@ def test_a_flattened_batch_gives_the_logits_of_the_padded_one(name, mask):
     assert seen == [(1, int(mask.sum()), 32)]
     assert_same(found, expected)
     assert_same_gradients(found_gradients, expected_gradients)
-    assert {row.calls for row in report.rows} == {1}
+    assert {row.calls for row in report.rows if row.op != "moe_route"} == {1}
     accel.unpatch(model)
     assert torch.equal(outputs(model, inputs)[0], expected[0])
 

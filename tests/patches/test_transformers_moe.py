@@ -23,11 +23,18 @@ from _transformers_models import (
 import accel
 from accel import dispatch, testing
 from accel.ops.moe import moe_experts, moe_route
+from accel.patches import transformers_routers
 
 pytestmark = pytest.mark.skipif(
     dispatch.leaf_reason("accel._C") is not None, reason="without a kernel transformers' own functions run"
 )
 WAYS = ("by name", "patched")
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """Tests have no more."""
+    monkeypatch.setattr(transformers_routers, "LEAST", 0)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,13 @@ from accel.testing import assert_close
 
 T, X, K, C = 23, 12, 3, 16
 
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """Tests have no more."""
+    monkeypatch.setattr(transformers_routers, "LEAST", 0)
+
+
 FIELDS = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), X),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk"), K),
@@ -119,6 +126,17 @@ def test_a_router_returns_what_its_class_returns(name):
 @pytest.mark.parametrize(("name", "fields"), OTHERS)
 def test_as_its_configuration_says(name, fields):
     check(name, torch.float32, **fields)
+
+
+def test_few_tokens_are_left_to_the_class(monkeypatch):
+    """Where it has no groups: one call of ours takes longer than its lines."""
+    monkeypatch.setattr(transformers_routers, "LEAST", X * T + 1)
+    for name, fallbacks in (("mixtral.MixtralTopKRouter", 1), ("deepseek_v3.DeepseekV3TopkRouter", 0)):
+        module = built(name)
+        report = accel.patch(module)
+        module(torch.randn(T, C))
+        module(torch.randn(2 * T, C))
+        assert (sum(report.rows[0].fallbacks.values()), report.rows[0].calls) == (fallbacks, 2 - fallbacks)
 
 
 def test_what_the_op_does_not_compute_is_left_with_a_reason():
