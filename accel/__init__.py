@@ -39,6 +39,7 @@ __all__ = [
     "__version__",
     "deform_attention2d",
     "deform_conv2d",
+    "distributed",
     "explain",
     "flash_mix",
     "gau_attention",
@@ -69,7 +70,7 @@ __all__ = [
     "window_attention",
 ]
 
-from accel import integrations, nn
+from accel import distributed, integrations, nn
 from accel.patch import patch, unpatch
 from accel.patch_functions import patch_functions, unpatch_functions
 

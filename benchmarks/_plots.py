@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accel.benchmarks._choice import RIVALS
@@ -80,6 +80,12 @@ def pictures(results: Results) -> list[str]:
                 "one of softmax attention, on the same windows of text. Thin: each step; thick: a running mean."
             )
             parts.append("<h3>Language models</h3>" + _figure(plt, _language(plt, results.language), caption))
+        if results.balance:
+            caption = (
+                "Small models of the bytes of Python’s standard library, whose blocks hold 8 experts of which a byte "
+                "has 2, by what keeps their load even. Thin: each step; thick: a running mean. A load of 1 is even."
+            )
+            parts.append("<h3>Load of experts</h3>" + _figure(plt, _balance(plt, results.balance), caption))
         if results.curves is not None:
             caption = (
                 "A small Swin trained on scikit-learn’s digits. Below, how far each run lies from the unpatched one; "
@@ -184,13 +190,30 @@ def _by_length(plt: Any, rows: list[Row]) -> Any | None:
     return figure
 
 
+def _line(panel: Any, name: str, line: Sequence[float], **color: Any) -> None:
+    """Each step thin, and a running mean."""
+    steps, near = range(1, len(line) + 1), max(1, len(line) // 20)
+    means = [sum(line[max(0, i - near) : i]) / min(i, near) for i in steps]
+    panel.plot(steps, line, linewidth=0.6, alpha=0.45, **color)
+    panel.plot(steps, means, linewidth=1.8, label=f"{name}: {means[-1]:.2f} at the end", **color)
+
+
+def _balance(plt: Any, curves: dict[str, dict[str, list[float]]]) -> Any:
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    labels = {"loss": "loss, nats a byte", "imbalance": "largest load over the mean one"}
+    for panel, (what, label) in zip(panels, labels.items(), strict=True):
+        for i, (name, curve) in enumerate(curves.items()):
+            _line(panel, name, curve[what], color=f"C{i}")
+        panel.set_xlabel("step")
+        panel.set_ylabel(label)
+        panel.legend()
+    return figure
+
+
 def _language(plt: Any, losses: dict[str, list[float]]) -> Any:
     figure, panel = plt.subplots(figsize=(11, 4), layout="constrained")
     for (name, line), provider in zip(losses.items(), (OURS, "softmax"), strict=False):
-        steps, near = range(1, len(line) + 1), max(1, len(line) // 20)
-        means = [sum(line[max(0, i - near) : i]) / min(i, near) for i in steps]
-        panel.plot(steps, line, color=COLORS[provider], linewidth=0.6, alpha=0.45)
-        panel.plot(steps, means, color=COLORS[provider], linewidth=1.8, label=f"{name}: {means[-1]:.2f} at the end")
+        _line(panel, name, line, color=COLORS[provider])
     panel.set_xlabel("step")
     panel.set_ylabel("loss, nats a byte")
     panel.legend()

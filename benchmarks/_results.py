@@ -39,6 +39,7 @@ class Results:
     values: dict[str, float] = field(default_factory=dict)
     curves: Curves | None = None
     language: dict[str, list[float]] = field(default_factory=dict)  # losses of language models, a step, by name
+    balance: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # losses and loads of experts, by method
     notes: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)  # by name, for want of time
     finished: bool = False
@@ -92,6 +93,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "values": {name: to_json(value) for name, value in results.values.items()},
         "curves": curves,
         "language": results.language,
+        "balance": results.balance,
         "notes": results.notes,
         "not run": results.not_run,
     }
@@ -141,6 +143,7 @@ def load(folders: Sequence[Path], goals: Sequence[Goal]) -> Results:
         results.values.update(data.get("values", {}))
         results.curves = _fitting(Curves, data["curves"]) if data["curves"] else results.curves
         results.language = data.get("language") or results.language
+        results.balance = data.get("balance") or results.balance
         results.notes += [note for note in data["notes"] if note not in results.notes]
         results.not_run += data.get("not run", [])
     results.rows = list(rows.values())

@@ -226,7 +226,7 @@ def language_models(text: Text, seed: int, tick: Callable[[], None] = lambda: No
             torch.manual_seed(seed)
             both = [Blocks.drawn(text.channels, seed + i, relative=True) for i in range(text.blocks)]
             model = LanguageModel(text.channels, [b.flash if name == "FLASH" else b.softmax for b in both])
-        losses[name] = _train(model, data, text, seed, tick)
+        losses[name] = train(model, data, text, seed, tick)
     return losses
 
 
@@ -239,7 +239,15 @@ def _windows(data: Tensor, text: Text, seed: int) -> Iterator[tuple[Tensor, Tens
         yield window[:, :-1], window[:, 1:]
 
 
-def _train(model: nn.Module, data: Tensor, text: Text, seed: int, tick: Callable[[], None]) -> list[float]:
+def train(
+    model: nn.Module,
+    data: Tensor,
+    text: Text,
+    seed: int,
+    tick: Callable[[], None],
+    beside: Callable[[], Tensor | float] = lambda: 0.0,
+) -> list[float]:
+    """Losses a step; ``beside`` is added to each for the gradient alone, and ``tick`` is called behind each step."""
     windows = _windows(data, text, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=text.rate, weight_decay=0.01)
     warm = max(1, text.steps // 10)
@@ -249,7 +257,7 @@ def _train(model: nn.Module, data: Tensor, text: Text, seed: int, tick: Callable
         given, following = next(windows)
         optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(model(given).flatten(0, 1), following.flatten())
-        loss.backward()
+        (loss + beside()).backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())

@@ -9,13 +9,13 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from accel.benchmarks import _choice, flash_training, models, report
+from accel.benchmarks import _choice, _moe_training, flash_training, models, moe_experts, report
 from accel.benchmarks._ceilings import measure_ceilings
 from accel.benchmarks._choice import BUDGET, FAMILIES, FAMILY, GOALS, OPS, PROVIDERS
 from accel.benchmarks._machine import LEVEL, Load, device_name, environment, pin_allocator
@@ -245,6 +245,10 @@ class Suite:
         wanted = options.rows is None or options.rows.search(name)
         if options.level == "full" and flash_training.NAME in options.op and torch.float32 in options.dtypes and wanted:
             yield Job(name, FAMILY[flash_training.NAME], 0, partial(self._language, name))
+        name = "language models of experts, by what keeps their load even"
+        wanted = options.rows is None or options.rows.search(name)
+        if options.level == "full" and moe_experts.NAME in options.op and torch.float32 in options.dtypes and wanted:
+            yield Job(name, FAMILY[moe_experts.NAME], 0, partial(self._balance, name))
 
     def run(self) -> int:
         terminal, results = self.terminal, self.results
@@ -348,6 +352,21 @@ class Suite:
         except UnavailableError as error:
             self.results.notes.append(f"{label}: {one_line(error)}")
             return
+        save(self.results, self.out)
+
+    def _balance(self, label: str) -> None:
+        done, every = [0], len(_moe_training.METHODS) * _moe_training.TEXT.steps
+
+        def tick() -> None:
+            done[0] += 1
+            self.terminal.say(f"{label}: step {done[0]} of {every}")
+
+        try:
+            found = _moe_training.balanced_models(_moe_training.TEXT, self.options.seed, tick)
+        except UnavailableError as error:
+            self.results.notes.append(f"{label}: {one_line(error)}")
+            return
+        self.results.balance = {name: asdict(curve) for name, curve in found.items()}
         save(self.results, self.out)
 
 
