@@ -2,7 +2,8 @@
 
 Rivals are transformers' own: ``grouped_mm`` (its default, torch's grouped products), ``batched_mm`` and ``eager``, its
 loop over experts. The projections are cold, as they are in a model whose layers take turns. ``even`` is ours on tokens
-that are spread evenly, beside a row in which half of them meet one expert.
+that are spread evenly, beside a row in which half of them meet one expert. ``merged`` is ours with adapters of low rank
+added to the frozen projections at every call, as PEFT does, beside a row in which their products stand beside.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short, Unavaila
 from accel.ops.moe.moe_experts import OP
 
 NAME = "moe_experts"
-PROVIDERS = ("accel", "even", "grouped_mm", "batched_mm", "eager")
+PROVIDERS = ("accel", "even", "merged", "grouped_mm", "batched_mm", "eager")
 RIVALS = ("grouped_mm", "batched_mm", "eager")
 
 
@@ -178,6 +179,80 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -
     )
 
 
+# --- adapters of low rank beside frozen projections ---
+
+RANK = 16
+
+
+def _frozen(shape: Shape, dtype: torch.dtype) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Weights of the choice and projections, in the dtype of what they meet."""
+
+    @functools.cache
+    def drawn(device: str) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        weights = torch.rand(shape.tokens, shape.choices, generator=generator)
+        gate_up = torch.randn(shape.experts, 2 * shape.inner, shape.channels, generator=generator)
+        down = torch.randn(shape.experts, shape.channels, shape.inner, generator=generator)
+        found = [weights, gate_up * shape.channels**-0.5, down * shape.inner**-0.5]
+        made = [x.to(device, dtype) for x in found]
+        return made[0], made[1], made[2]
+
+    def of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weights, gate_up, down = [y.to(x.dtype) for y in drawn(str(x.device))]
+        return weights, gate_up, down
+
+    return of
+
+
+def _beside(shape: Shape, frozen: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]], **how: Any) -> Function:
+    def function(x: Tensor, *adapters: Tensor) -> Tensor:
+        a, b, c, d = adapters
+        return accel.moe_experts(x, shape.indices.to(x.device), *frozen(x), lora=((a, b, 1.0), (c, d, 1.0)), **how)
+
+    return function
+
+
+def _merged(shape: Shape, frozen: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Function:
+    def function(x: Tensor, *adapters: Tensor) -> Tensor:
+        weights, gate_up, down = frozen(x)
+        a, b, c, d = adapters
+        return accel.moe_experts(x, shape.indices.to(x.device), weights, gate_up + b @ a, down + d @ c)
+
+    return function
+
+
+def _lora(shape: Shape, device: str, dtype: torch.dtype) -> Case:
+    frozen = _frozen(shape, dtype)
+
+    def make(generator: torch.Generator) -> tuple[Tensor, ...]:
+        def normal(*size: int, scale: float = 0.1) -> Tensor:
+            return (torch.randn(size, generator=generator, device=device) * scale).to(dtype)
+
+        narrow, x = (shape.experts, RANK), normal(shape.tokens, shape.channels, scale=1.0)
+        first = normal(*narrow, shape.channels, scale=shape.channels**-0.5)
+        second = normal(*narrow, shape.inner, scale=shape.inner**-0.5)
+        back = [normal(shape.experts, size, RANK) for size in (2 * shape.inner, shape.channels)]
+        return x, first, back[0], second, back[1]
+
+    expert = 3 * shape.channels * shape.inner
+    flops = 4 * shape.indices.numel() * expert  # forward, and the gradient of the tokens
+    return Case(
+        op=NAME,
+        group=shape.group,
+        variant=f"{shape.variant}, LoRA {RANK}",
+        shape=str(shape),
+        dtype=dtype,
+        inputs=make,
+        reference=_beside(shape, frozen, backend="reference"),
+        providers=(
+            Provider("accel", lambda: _beside(shape, frozen)),
+            Provider("merged", lambda: _merged(shape, frozen)),
+        ),
+        costs={BOTH: Cost(flops, 2 * shape.experts * expert * dtype.itemsize)},
+        family="experts",
+    )
+
+
 # --- all rows ---
 
 CPU = (*map(qwen3, (1, 16, 512)), *map(mixtral, (1, 16, 512)), qwen3(512, skewed=True))
@@ -192,6 +267,8 @@ def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
     for dtype in dtypes:
         for shape in CUDA if device == "cuda" else CPU:
             yield _case(shape, device, dtype, ["forward", BOTH])
+        if device == "cpu":
+            yield _lora(qwen3(512), device, dtype)
 
 
 SHORT = Short(
@@ -235,6 +312,8 @@ def _goals() -> Iterator[Goal]:
     for dtype in ("fp32", "bf16"):
         where = {"group": "Qwen3-like", "dtype": dtype, "mode": "forward", "variant": "T 512, half on one"}
         yield Goal(f"half of the tokens on one expert, {dtype}", NAME, "speedup", "cpu", where, "even", at_least=0.8)
+    where = {"group": "Qwen3-like", "dtype": "bf16", "mode": BOTH, "variant": f"T 512, LoRA {RANK}"}
+    yield Goal("LoRA, against weights that it is merged into", NAME, "speedup", "cpu", where, "merged", at_least=1.2)
     where = {"group": "Qwen3-like", "dtype": "bf16", "mode": BOTH, "variant": "T 512"}
     yield Goal("memory of a training step", NAME, "memory", "cpu", where, "grouped_mm", at_most=1.0)
 

@@ -46,7 +46,7 @@ def experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_w
     nothing. Where no kernel of ours runs, transformers' "grouped_mm" does, and it is said once.
     """
     first: Any = self.gate_up_proj if self.has_gate else self.up_proj
-    if (reason := _why_not(hidden_states.device.type, first.dtype)) is not None:
+    if (reason := why_not(hidden_states.device.type, first.dtype)) is not None:
         say_once(type(self).__name__, reason)
         made: Tensor = _grouped_mm()(self, hidden_states, top_k_index, top_k_weights)
         return made
@@ -163,8 +163,9 @@ def _candidates(self: Any, limits: list[float]) -> Iterator[tuple[ExpertActivati
 
 
 @torch.compiler.assume_constant_result  # it cannot be traced, and its answer does not change
-def _why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why no kernel computes on such tensors; None where one does, and for float64, which only the reference has."""
+def why_not(device: str, dtype: torch.dtype) -> str | None:
+    """Why no kernel computes on such tensors, or not as fast as transformers' own; None where one does, and for float64,
+    which only the reference has."""
     return _asked(device, dtype)
 
 
@@ -172,6 +173,9 @@ def _why_not(device: str, dtype: torch.dtype) -> str | None:
 def _asked(device: str, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return None
+    if device == "cuda" and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
+        if torch.cuda.get_device_capability() >= (9, 0):  # its figures are published, ours are yet to be measured
+            return "on such a GPU torch's grouped product is made for bfloat16"
     args, kwargs = op.OP.example(device, dtype)
     reasons = dispatch.reasons(op.OP, op.OP.prepare(*args, **kwargs))
     if any([reason is None for name, reason in reasons.items() if name != "reference"]):

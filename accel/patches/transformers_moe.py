@@ -45,7 +45,9 @@ def _why_not(module: Any) -> str | None:
 
 
 def _why_not_call(module: Any, hidden_states: Tensor, **given: Any) -> str | None:
-    return None if len(given) == 2 and None not in given.values() else "no choice of experts is given"
+    if len(given) != 2 or any([x is None for x in given.values()]):
+        return "no choice of experts is given"
+    return transformers_experts.why_not(hidden_states.device.type, module.down_proj.dtype)
 
 
 def _experts(module: Any, attend: Callable[..., Tensor], hidden_states: Tensor, **choice: Any) -> Tensor:
