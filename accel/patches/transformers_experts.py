@@ -164,8 +164,8 @@ def _candidates(self: Any, limits: list[float]) -> Iterator[tuple[ExpertActivati
 
 @torch.compiler.assume_constant_result  # it cannot be traced, and its answer does not change
 def why_not(device: str, dtype: torch.dtype) -> str | None:
-    """Why no kernel computes on such tensors, or not as fast as transformers' own; None where one does, and for float64,
-    which only the reference has."""
+    """Why no kernel computes on such tensors, or none that is known to be as fast as transformers' own; None where one
+    does, and for float64, which only the reference has."""
     return _asked(device, dtype)
 
 
@@ -173,9 +173,9 @@ def why_not(device: str, dtype: torch.dtype) -> str | None:
 def _asked(device: str, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return None
-    if device == "cuda" and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm"):
-        if torch.cuda.get_device_capability() >= (9, 0):  # its figures are published, ours are yet to be measured
-            return "on such a GPU torch's grouped product is made for bfloat16"
+    grouped = device == "cuda" and dtype == torch.bfloat16 and hasattr(torch, "_grouped_mm")
+    if grouped and torch.cuda.get_device_capability() >= (9, 0):  # whose figures are published; ours are not measured
+        return "on such a GPU torch's grouped product is made for bfloat16"
     args, kwargs = op.OP.example(device, dtype)
     reasons = dispatch.reasons(op.OP, op.OP.prepare(*args, **kwargs))
     if any([reason is None for name, reason in reasons.items() if name != "reference"]):
