@@ -73,10 +73,10 @@ class Chunks:
 
     def join(self, x: Tensor) -> Tensor:
         """The way back."""
-        batch, tokens = self.args.v.shape[:2]
         if self.slots is not None:
             return x.flatten(0, 1).index_select(0, self.slots)[None]
-        return x.reshape(batch, -1, x.shape[2])[:, :tokens]
+        batch, tokens = self.args.v.shape[:2]
+        return x.reshape(batch, self.groups[0].chunks * self.args.span, x.shape[2])[:, :tokens]
 
     def shown(self, x: Tensor) -> Tensor:
         """Chunks with zeros in place of keys that take no part."""

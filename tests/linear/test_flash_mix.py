@@ -1,15 +1,58 @@
-"""Mixed chunk attention against its definition pair by pair, chunks of every length, states, packing, masks."""
+"""Mixed chunk attention: the common checks on awkward calls, its definition pair by pair, states, and bad input."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from _bad import Bad, check_bad, each, zeros
+from _flash_cases import BACKENDS, BEHAVIOUR, CASES, FP32, GRADIENTS, PACKED_BEHAVIOUR, by_name
 from _pairs import cumulative
 
 import accel
 from accel import T5Buckets, testing
-from accel.testing import assert_close
+from accel.testing import assert_close, check_op
+
+# in half precision the reference and products of torch compute as in fp32
+PLAINLY = [dataclasses.replace(c, dtypes=FP32) for c in CASES]
+CHECKS = [
+    *check_op(accel.flash_mix, CASES, BEHAVIOUR, GRADIENTS, BACKENDS[:1]),
+    *check_op(accel.flash_mix, [*CASES[:6], *PLAINLY[6:]], BEHAVIOUR, [], BACKENDS[1:2]),
+    *check_op(accel.flash_mix, PLAINLY, BEHAVIOUR, [], BACKENDS[2:]),
+]
+
+
+@pytest.mark.parametrize("check", [check for _, check in CHECKS], ids=[name for name, _ in CHECKS])
+def test_op(check):
+    check()
+
+
+# the packed form has one batch entry, so that the checks of empty batches and of single entries do not apply, and its
+# offsets are read on the host, so that the reference is not compiled in one graph
+ON_PACKED = [
+    testing.check_subsets,
+    testing.check_opcheck,
+    testing.check_compile,
+    testing.check_poison,
+    testing.check_repeat,
+    testing.check_autocast,
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("check", ON_PACKED, ids=lambda check: check.__name__.removeprefix("check_"))
+def test_packed_behaviour(check, backend):
+    check(accel.flash_mix, PACKED_BEHAVIOUR, backend)
+
+
+LEVEL_CASES = [by_name(n) for n in ("prime_causal", "value_size_300_full", "mask_blocks", "everything")]
+LEVELS = list(testing.check_levels(accel.flash_mix, LEVEL_CASES))
+
+
+@pytest.mark.parametrize("check", [check for _, check in LEVELS], ids=[name for name, _ in LEVELS])
+def test_level(check):
+    check()
+
 
 
 def defined(quad_q, quad_k, lin_q, lin_k, v, gate, *, chunk_size, causal, quad_scale, lin_scale, bias, seen):
@@ -141,6 +184,64 @@ def test_masked_keys_do_not_matter(causal):
     for x in (tensors[1], tensors[3], tensors[4]):
         x[~seen] = math.nan
     assert torch.equal(accel.flash_mix(*tensors, chunk_size=8, causal=causal, key_mask=seen), clean)
+
+
+LEAKS = {
+    "causal": (43, {"causal": True}),
+    "full": (43, {}),
+    "masked": (43, {"causal": True, "key_mask": torch.rand(2, 43, generator=torch.Generator().manual_seed(1)) < 0.6}),
+    "packed": (43, {"causal": True, "cu_seqlens": cumulative((15, 28))}),
+    "packed full": (43, {"cu_seqlens": cumulative((15, 28)), "activation": "sigmoid"}),
+}
+
+
+def seen_pairs(T, given, chunk=8):
+    """Which pairs are weighed by their logit and which by the linear part, ``(B, T, T)`` each."""
+    at, edges = torch.arange(T), given.get("cu_seqlens")
+    sequence = torch.zeros(T, dtype=torch.int64) if edges is None else torch.bucketize(at, edges[1:-1], right=True)
+    place = at if edges is None else at - edges[sequence]
+    own = (sequence[:, None] == sequence)[None]
+    number = place // chunk
+    quad = own & (number[:, None] == number)
+    linear = own.clone()
+    if given.get("causal"):
+        quad, linear = quad & (at[:, None] >= at), linear & (number[:, None] > number)
+    mask = given.get("key_mask")
+    return [x & mask[:, None] if mask is not None else x for x in (quad, linear)]
+
+
+@pytest.mark.parametrize("level", ["best", "pairs"])
+@pytest.mark.parametrize("tensor", ["quad_q", "quad_k", "lin_q", "lin_k", "v", "upstream"])
+@pytest.mark.parametrize("name", LEAKS)
+def test_what_is_not_finite_reaches_only_who_may_see_it(name, tensor, level):
+    T, given = LEAKS[name]
+    tensors = named(drawn(T, B=1 if "cu_seqlens" in given else 2, dtype=torch.bfloat16 if level == "pairs" else torch.float32))
+    testing.require(accel.flash_mix, "cpu", tensors, given)
+    quad, linear = seen_pairs(T, given)
+    upstream = testing.random_like(tensors["v"])
+    with testing.at_level("avx512_bf16") if level == "pairs" else accel.use():
+        run = lambda: testing.run(accel.flash_mix, tensors, {"chunk_size": 8, **given}, "cpu", grad_out=upstream)  # noqa: E731
+        clean = run()
+        place = 21
+        (upstream if tensor == "upstream" else tensors[tensor])[0, place, 1] = math.nan
+        got = run()
+    by = {"quad_k": quad[0], "lin_k": linear[0], "v": quad[0] | linear[0]}.get(tensor, torch.eye(T, dtype=torch.bool))
+    rows = by[:, place]  # that may be touched
+    spared = ~rows
+    if tensor != "upstream":
+        assert got.out[0, rows].isnan().any(-1).all(), "it does not reach who sees it"
+        testing.assert_same(got.out[0, spared], clean.out[0, spared], "output")
+    keys = {n: (rows[:, None] & x[0]).any(0) for n, x in (("quad_k", quad), ("lin_k", linear))}
+    keys["v"] = keys["quad_k"] | keys["lin_k"]
+    for n in ("quad_q", "lin_q", "gate", "quad_k", "lin_k", "v"):
+        same = ~keys[n] if n in keys else spared
+        same[place] = False
+        testing.assert_same(got.grads[n][0, same], clean.grads[n][0, same], f"gradient of {n}")
+        testing.assert_same(got.grads[n][1:], clean.grads[n][1:], f"gradient of {n} of another")
+    if tensor == "upstream":
+        for n in ("quad_q", "lin_q", "gate"):
+            assert got.grads[n][0, place].isnan().any() or not (quad | linear)[0, place].any()
+        assert got.grads["v"][0, keys["v"]].isnan().any(-1).all()
 
 
 def test_rules_and_index_tensors_of_chunks():
