@@ -17,7 +17,7 @@ import accel
 from accel import dispatch
 from accel.benchmarks.goals import DOTS, EVEN, WIDE, by_machine
 from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short, compiled
-from accel.ops.linear.gau_attention import OP as WITHIN
+from accel.ops.linear.flash_mix import OP
 
 NAME = "flash_mix"
 PROVIDERS = ("accel", "eager", "compile")
@@ -98,11 +98,8 @@ def eager(shape: Shape) -> Function:
 
 
 def _backend(shape: Shape) -> Callable[..., str]:
-    """Of the part within chunks."""
-
-    def name(quad_q: Tensor, quad_k: Tensor, lin_q: Tensor, lin_k: Tensor, v: Tensor, gate: Tensor) -> str:
-        pieces = [x[:, : shape.chunk] for x in (quad_q, quad_k, v)]
-        return dispatch.select(WITHIN, WITHIN.prepare(*pieces, causal=shape.causal)).name
+    def name(*inputs: Tensor) -> str:
+        return dispatch.select(OP, OP.prepare(*inputs, causal=shape.causal, chunk_size=shape.chunk)).name
 
     return name
 

@@ -22,7 +22,7 @@ from accel import dispatch
 from accel.benchmarks.goals import Goal
 from accel.benchmarks.harness import Case, Cost, Provider, Short, UnavailableError
 from accel.nn.attention import attend_heads
-from accel.ops.linear.gau_attention import OP as WITHIN
+from accel.ops.linear.flash_mix import OP as MIX
 
 NAME = "flash_training"
 PROVIDERS = ("accel", "softmax")
@@ -110,7 +110,7 @@ class Blocks:
         """Of the part within chunks."""
         layer: Any = self.flash.layers[0]
         q, v = (x.new_empty(1, CHUNK, size) for size in (layer.query_key_dim, layer.inner_dim))
-        return dispatch.select(WITHIN, WITHIN.prepare(q, q, v, v, causal=True)).name
+        return dispatch.select(MIX, MIX.prepare(q, q, q, q, v, v, causal=True)).name
 
     def of_softmax(self, x: Tensor, *parameters: Tensor) -> Tensor:
         names = self._names(self.softmax)

@@ -89,6 +89,12 @@ CALLS = {
         },
         "BTS",
     ),
+    "flash_mix": Call(
+        lambda *given: accel.flash_mix(*given, chunk_size=4, causal=True),
+        ("B T D", "B T D", "B T F", "B T F", "B T E", "B T E"),
+        {"B": (3, 2, 5), "T": (13, 9, 37), "D": (16, 24, 8), "F": (8, 6, 12), "E": (24, 8, 32)},
+        "BT",
+    ),
     "linear_attention": Call(
         lambda *given: accel.linear_attention(*given, causal=True),
         ("B H T D", "B H T D", "B H T E"),

@@ -116,6 +116,7 @@ def test_ops_and_recipes_choose():
     assert len(accel.patch(model, recipe="exact").replaced) == 4
     known = (
         "deform_conv2d",
+        "flash_mix",
         "gau_attention",
         "linear_attention",
         "ms_deform_attn",

@@ -1,4 +1,4 @@
-"""Mixed chunk attention chunk by chunk: tokens as a batch of chunks, gated attention of each by its own op, and products
+"""Mixed chunk attention by other kernels: tokens as a batch of chunks, gated attention of each by its op, and products
 of torch across them."""
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class Chunks:
         edges = args.cu_seqlens.tolist()
         groups = [group(1, end - first) for first, end in itertools.pairwise(edges)]
         begin = itertools.accumulate([g.chunks * args.span for g in groups], initial=0)
-        at = [torch.arange(first, first + end - a) for first, (a, end) in zip(begin, itertools.pairwise(edges), strict=False)]
+        at = [
+            torch.arange(first, first + end - a)
+            for first, (a, end) in zip(begin, itertools.pairwise(edges), strict=False)
+        ]
         return Chunks(args, groups, torch.cat(at).to(args.v.device))._with_mask()
 
     def _with_mask(self) -> Chunks:
@@ -214,5 +217,3 @@ def backward(
         table,
         initial.contiguous() if args.state is not None and needs[3] else nothing,
     )
-
-

@@ -21,7 +21,7 @@ class Backward : Block<T> {
       : Base(b.forward),
         b(b),
         biases(pairs, b, logits),
-        columns(std::min(PANEL, size)),
+        columns(p.panel),
         exact(PAIRS && p.gate.data && (b.part_line || b.part_table || pairs.queries <= TILE_ROWS)),
         lin_k(BLOCK_KEYS, p.lin_dim),
         upstream(BLOCK_ROWS, columns),
@@ -124,7 +124,7 @@ class Backward : Block<T> {
     bad_values.forget();
     bad_upstream.forget();
     for (int panel = 0; panel < panels; ++panel) {
-      const int width = panel_width(size, panel), words = words_of<PAIRS>(width);
+      const int width = width_of(p, panel), words = words_of<PAIRS>(width);
       Base::pack_values(at, count, panel);
       transpose(v.at(0), v.ld, v_t, ld, padded, vectors(words));
       pack_upstream(panel, width, at == 0);
@@ -144,7 +144,7 @@ class Backward : Block<T> {
       if (!last) continue;
       for (int j = 0; j < count; ++j) {
         const float* made = values + int64_t(j) * grad_v.ld;
-        store_row(place(b.grad_v, at + j) + panel * PANEL, made, width, hidden(p, c, at + j) ? 0.0f : 1.0f);
+        store_row(place(b.grad_v, at + j) + panel * p.panel, made, width, hidden(p, c, at + j) ? 0.0f : 1.0f);
       }
     }
     through_logits(at, padded);
@@ -175,16 +175,18 @@ class Backward : Block<T> {
   void pack_upstream(int panel, int width, bool with_gate) {
     for (int i = 0; i < rows; ++i) {
       const int64_t t = c.first + first_row + i;
-      const T* src = row_of<T>(b.grad_out, c.batch, 0, t) + panel * PANEL;
-      const T* gate = p.gate.data ? row_of<T>(p.gate, c.batch, 0, t) + panel * PANEL : nullptr;
-      if (i + 8 < rows) fetch(src + 8 * b.grad_out.token, width * int(sizeof(T)));
+      const T* src = row_of<T>(b.grad_out, c.batch, 0, t) + panel * p.panel;
+      const T* gate = p.gate.data ? row_of<T>(p.gate, c.batch, 0, t) + panel * p.panel : nullptr;
+      fetch_later(src, b.grad_out, i, rows, width);
+      if (gate) fetch_later(gate, p.gate, i, rows, width);
       if (!pack_panel<T>(src, gate, upstream.at(i), width, exact ? rest.at(i) : nullptr)) {
         bad_upstream.mark(i);
         bad_queries.mark(first_row + i);
       }
       if (!with_gate || !b.grad_gate.data) continue;
-      const T* sums = row_of<T>(p.sums, c.batch, 0, t) + panel * PANEL;
-      T* dst = place(b.grad_gate, first_row + i) + panel * PANEL;
+      const T* sums = row_of<T>(p.sums, c.batch, 0, t) + panel * p.panel;
+      T* dst = place(b.grad_gate, first_row + i) + panel * p.panel;
+      fetch_later(sums, p.sums, i, rows, width);
       int e = 0;
       for (; e + W <= width; e += W) store(dst + e, load(src + e) * load(sums + e));
       for (; e < width; ++e) from_float(to_float(src[e]) * to_float(sums[e]), dst + e);

@@ -11,7 +11,7 @@
 namespace accel::flash_mix {
 namespace {
 
-using gau_attention::activation_of, gau_attention::PANEL;
+using gau_attention::activation_of;
 
 // What the parameters point into, besides tensors of the call.
 struct Cut {
@@ -35,14 +35,13 @@ Tensor empty_rows(const Tensor& like, int64_t size) {
   return torch::stable::new_empty(like, {like.size(0), like.size(1), size});
 }
 
-// Rows of `columns` numbers as words, where a kernel multiplies pairs of bf16 two numbers each.
-int64_t row_words(const Params& p, int64_t columns) {
-  const bool pairs = p.pairs.dtype == Dtype::bf16 && isa() == Isa::avx512_bf16;
-  return ((pairs ? (columns + 1) / 2 : columns) + 15) / 16 * 16;
-}
+// Whether a kernel multiplies pairs of bf16.
+bool in_pairs(const Params& p) { return p.pairs.dtype == Dtype::bf16 && isa() == Isa::avx512_bf16; }
 
-int64_t panels_of(const Params& p) { return (p.pairs.value_dim + PANEL - 1) / PANEL; }
-int64_t panel_columns(const Params& p) { return std::min(p.pairs.value_dim, PANEL); }
+// A row of `columns` numbers in words.
+int64_t row_words(const Params& p, int64_t columns) {
+  return ((in_pairs(p) ? (columns + 1) / 2 : columns) + 15) / 16 * 16;
+}
 
 void cut_sequence(Cut& cut, int64_t batch, int64_t from, int64_t to, int64_t span, int64_t chunk_size, float scale) {
   const int64_t first = int64_t(cut.chunks.size());
@@ -115,6 +114,9 @@ Params describe_call(Cut& cut, const Tensor& quad_q, const Tensor& quad_k, const
   p.activation = activation_of(activation);
   p.causal = causal;
   p.lin_dim = int(lin_dim);
+  // a block of keys of them stays in the second-level cache
+  p.panel = std::min(p.pairs.value_dim, in_pairs(p) ? 256 : 128);
+  p.panels = p.panel ? (p.pairs.value_dim + p.panel - 1) / p.panel : 0;
   p.tokens = tokens;
   if (key_mask) {
     check_cpu(*key_mask, "key_mask");
@@ -137,7 +139,7 @@ Params describe_call(Cut& cut, const Tensor& quad_q, const Tensor& quad_k, const
   STD_TORCH_CHECK(causal || !state, "a state is carried in causal order");
   check_f32(state, "state", int64_t(cut.sequences.size()) * lin_dim * size);
   p.state = data_or_null(state);
-  cut.bad.assign(cut.chunks.size() * size_t(panels_of(p)), 0);
+  cut.bad.assign(cut.chunks.size() * size_t(p.panels), 0);
   p.bad = cut.bad.data();
   return p;
 }
@@ -155,7 +157,7 @@ Params describe_call(Cut& cut, const Tensor& quad_q, const Tensor& quad_k, const
 std::tuple<Tensor, Tensor, Tensor> forward(ACCEL_FLASH_PARAMETERS) {
   Cut cut;
   Params p = describe_call(cut, ACCEL_FLASH_DESCRIBED);
-  const int64_t n = int64_t(cut.sequences.size()), size = p.pairs.value_dim, panels = panels_of(p);
+  const int64_t n = int64_t(cut.sequences.size()), size = p.pairs.value_dim, panels = p.panels;
   Tensor out = empty_rows(v, size);
   Tensor sums = keep_sums ? empty_rows(v, size) : torch::stable::new_empty(v, {0});
   Tensor after = torch::stable::new_empty(v, return_state ? Ints{n, p.lin_dim, size} : Ints{0}, ScalarType::Float);
@@ -163,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(ACCEL_FLASH_PARAMETERS) {
   if (keep_sums) p.sums = rows_of(sums, quad_q, size, "sums");
   if (return_state) p.state_out = mutable_floats(after);
   cut.states = torch::stable::new_empty(
-      v, {causal ? int64_t(cut.chunks.size()) : n, panels, p.lin_dim, row_words(p, panel_columns(p))}, ScalarType::Float);
+      v, {causal ? int64_t(cut.chunks.size()) : n, panels, int64_t(p.lin_dim), row_words(p, p.panel)}, ScalarType::Float);
   p.states = mutable_floats(cut.states);
   auto make = ACCEL_LEVEL(flash::flash_mix_states);
   torch::stable::parallel_for(0, n * panels, 1, [&](int64_t from, int64_t to) { make(p, from, to); });
@@ -189,7 +191,7 @@ Grads backward(OptionalTensor grad_out, OptionalTensor grad_state, Tensor sums, 
   b.forward = describe_call(cut, ACCEL_FLASH_DESCRIBED);
   Params& p = b.forward;
   STD_TORCH_CHECK(needs.size() == 4, "needs: of gate, line, table and state");
-  const int64_t n = int64_t(cut.sequences.size()), size = p.pairs.value_dim, panels = panels_of(p), chunks = int64_t(cut.chunks.size());
+  const int64_t n = int64_t(cut.sequences.size()), size = p.pairs.value_dim, panels = p.panels, chunks = int64_t(cut.chunks.size());
   Tensor upstream;
   if (grad_out) {
     upstream = *grad_out;
@@ -226,9 +228,9 @@ Grads backward(OptionalTensor grad_out, OptionalTensor grad_state, Tensor sums, 
   SumTensors parts = allocate_sums(b, p.pairs, quad_q, {}, false, line && needs[1], table && needs[2]);
 
   const int64_t slots = causal ? chunks : n;
-  cut.states = floats(true, {slots, panels, panel_columns(p), row_words(p, p.lin_dim)});
+  cut.states = floats(true, {slots, panels, int64_t(p.panel), row_words(p, p.lin_dim)});
   p.states = mutable_floats(cut.states);
-  Tensor grad_states = floats(true, {slots, panels, p.lin_dim, row_words(p, panel_columns(p))});
+  Tensor grad_states = floats(true, {slots, panels, int64_t(p.lin_dim), row_words(p, p.panel)});
   b.grad_states = mutable_floats(grad_states);
   std::vector<char> grad_bad(cut.bad.size());
   b.grad_bad = grad_bad.data();

@@ -16,12 +16,12 @@ class Block {
       : p(p),
         pairs(p.pairs),
         size(p.pairs.value_dim),
-        panels(panels_of(size)),
+        panels(p.panels),
         several(p.pairs.keys > BLOCK_KEYS),
         logits(pairs),
         q(BLOCK_ROWS, p.pairs.head_dim),
         k(BLOCK_KEYS, p.pairs.head_dim),
-        v(BLOCK_KEYS, std::min(PANEL, size)),
+        v(BLOCK_KEYS, p.panel),
         ld(logits.ld),
         k_t(int64_t(k.padded) * ld),
         shown(size_t(vectors(int(p.pairs.keys)))),
@@ -82,14 +82,14 @@ class Block {
 
   // A panel of the values of these keys, zeros behind them.
   void pack_values(int at, int count, int panel) {
-    const int width = panel_width(size, panel);
+    const int width = width_of(p, panel);
     for (int j = 0; j < count; ++j) {
       if (hidden(p, c, at + j)) {
         v.clear(j);
         continue;
       }
-      const T* src = row_of<T>(pairs.v, c.batch, 0, c.first + at + j) + panel * PANEL;
-      if (j + 8 < count) fetch(src + 8 * pairs.v.token, width * int(sizeof(T)));
+      const T* src = row_of<T>(pairs.v, c.batch, 0, c.first + at + j) + panel * p.panel;
+      fetch_later(src, pairs.v, j, count, width);
       if (!pack_panel<T>(src, nullptr, v.at(j), width)) bad_values.mark(j);
     }
     for (int j = count; j < vectors(count); ++j) v.clear(j);

@@ -18,10 +18,10 @@ class Forward : Block<T> {
         weights_in_fp32(PAIRS ? 0 : int64_t(BLOCK_ROWS) * Base::ld),
         v_summed(BLOCK_KEYS, v),
         lin_q(BLOCK_ROWS, p.lin_dim),
-        state(p.lin_dim, std::min(PANEL, size)),
+        state(p.lin_dim, p.panel),
         state_summed(p.lin_dim, state),
-        slots(p.states, panels, p.lin_dim, std::min(PANEL, size)),
-        out(int64_t(Base::several ? panels : 1) * BLOCK_ROWS, std::min(PANEL, size)),
+        slots(p.states, panels, p.lin_dim, p.panel),
+        out(int64_t(Base::several ? panels : 1) * BLOCK_ROWS, p.panel),
         spoiled(BLOCK_ROWS) {
     for (int64_t n = 0; n < pairs.chunk_tiles; ++n) weights.emplace_back(pairs.tile_rows, BLOCK_KEYS);
   }
@@ -63,7 +63,7 @@ class Forward : Block<T> {
   }
 
   void add_panel(int panel, int at, int count, bool last, float scale) {
-    const int width = panel_width(size, panel);
+    const int width = width_of(p, panel);
     float* made = out.at(Base::several ? int64_t(panel) * BLOCK_ROWS : 0);
     if (at == 0) {
       slots.read(Base::seen_from, panel, state);
@@ -86,13 +86,14 @@ class Forward : Block<T> {
   void finish(int panel, const float* made, int width) {
     for (int i = 0; i < rows; ++i, made += out.ld) {
       const int64_t t = c.first + first_row + i;
-      T* dst = const_cast<T*>(row_of<T>(p.out, c.batch, 0, t)) + panel * PANEL;
-      if (p.sums.data) store_row(const_cast<T*>(row_of<T>(p.sums, c.batch, 0, t)) + panel * PANEL, made, width, 1.0f);
+      T* dst = const_cast<T*>(row_of<T>(p.out, c.batch, 0, t)) + panel * p.panel;
+      if (p.sums.data) store_row(const_cast<T*>(row_of<T>(p.sums, c.batch, 0, t)) + panel * p.panel, made, width, 1.0f);
       if (!p.gate.data) {
         store_row(dst, made, width, 1.0f);
         continue;
       }
-      const T* gate = row_of<T>(p.gate, c.batch, 0, t) + panel * PANEL;
+      const T* gate = row_of<T>(p.gate, c.batch, 0, t) + panel * p.panel;
+      fetch_later(gate, p.gate, i, rows, width);
       int e = 0;
       for (; e + W <= width; e += W) store(dst + e, load(made + e) * load(gate + e));
       for (; e < width; ++e) from_float(made[e] * to_float(gate[e]), dst + e);

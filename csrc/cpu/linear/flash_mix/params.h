@@ -31,6 +31,7 @@ struct Params {
   Activation activation;
   bool causal;
   int lin_dim;
+  int panel, panels;  // columns of values that are multiplied at a time, and how often there are as many or fewer
   int64_t tokens;  // T
   Strided lin_q, lin_k, gate, out;  // the data of gate null if there is none
   Strided sums;                     // the output before the gate; data null if nobody wants it

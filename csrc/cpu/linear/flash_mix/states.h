@@ -12,6 +12,14 @@ using flash_mix::BackwardParams, flash_mix::Chunk, flash_mix::Params, flash_mix:
 constexpr int BLOCK_ROWS = 256;  // tokens handled together
 static_assert(BLOCK_ROWS == BLOCK_KEYS);
 
+inline int width_of(const Params& p, int panel) { return std::min(p.panel, p.pairs.value_dim - panel * p.panel); }
+
+// Starts to bring a part of a row some rows behind row i of `count` into the cache: packing waits for memory, not for work.
+template <typename T>
+void fetch_later(const T* row, const Strided& x, int i, int count, int width) {
+  if (i + 8 < count) fetch(row + 8 * x.token, width * int(sizeof(T)));
+}
+
 inline bool hidden(const Params& p, const Chunk& c, int64_t at) {
   return p.key_mask && !p.key_mask[c.batch * p.tokens + c.first + at];
 }
@@ -60,9 +68,9 @@ class Walk {
       : p(p),
         turned(turned),
         size(p.pairs.value_dim),
-        panels(panels_of(size)),
+        panels(p.panels),
         narrow(BLOCK_ROWS, p.lin_dim),
-        wide(BLOCK_ROWS, std::min(PANEL, size)),
+        wide(BLOCK_ROWS, p.panel),
         narrow_summed(BLOCK_ROWS, narrow),
         wide_summed(BLOCK_ROWS, wide),
         sum(turned ? wide.columns() : p.lin_dim, turned ? p.lin_dim : wide.columns()) {}
@@ -108,7 +116,7 @@ class Walk {
   void each(F f) {
     for (int d = 0; d < p.lin_dim; ++d)
       for (int e = 0; e < width; ++e)
-        f(turned ? sum.at(e)[d] : sum.at(d)[e], int64_t(d) * size + panel * PANEL + e);
+        f(turned ? sum.at(e)[d] : sum.at(d)[e], int64_t(d) * size + panel * p.panel + e);
   }
 };
 
@@ -125,7 +133,7 @@ class States : Walk<T> {
 
   void run(int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
-      panel = int(task % panels), width = panel_width(size, panel);
+      panel = int(task % panels), width = width_of(p, panel);
       sequence(task / panels);
     }
   }
@@ -156,8 +164,8 @@ class States : Walk<T> {
           continue;
         }
         pack_row<T>(narrow, i, row_of<T>(p.lin_k, c.batch, 0, c.first + at + i), 1.0f);
-        const T* v = row_of<T>(p.pairs.v, c.batch, 0, c.first + at + i) + panel * PANEL;
-        if (i + 8 < count) fetch(v + 8 * p.pairs.v.token, width * int(sizeof(T)));
+        const T* v = row_of<T>(p.pairs.v, c.batch, 0, c.first + at + i) + panel * p.panel;
+        fetch_later(v, p.pairs.v, i, count, width);
         bad |= !pack_panel<T>(v, nullptr, wide.at(i), width);
       }
       bad |= narrow.any_bad();
@@ -182,7 +190,7 @@ class GradStates : Walk<T> {
 
   void run(int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
-      panel = int(task % panels), width = panel_width(size, panel);
+      panel = int(task % panels), width = width_of(p, panel);
       sequence(task / panels);
     }
   }
@@ -212,9 +220,10 @@ class GradStates : Walk<T> {
       for (int i = 0; i < count; ++i) {
         const int64_t t = c.first + at + i;
         pack_row<T>(narrow, i, row_of<T>(p.lin_q, c.batch, 0, t), scale);
-        const T* gate = p.gate.data ? row_of<T>(p.gate, c.batch, 0, t) + panel * PANEL : nullptr;
-        const T* src = row_of<T>(b.grad_out, c.batch, 0, t) + panel * PANEL;
-        if (i + 8 < count) fetch(src + 8 * b.grad_out.token, width * int(sizeof(T)));
+        const T* gate = p.gate.data ? row_of<T>(p.gate, c.batch, 0, t) + panel * p.panel : nullptr;
+        const T* src = row_of<T>(b.grad_out, c.batch, 0, t) + panel * p.panel;
+        fetch_later(src, b.grad_out, i, count, width);
+        if (gate) fetch_later(gate, p.gate, i, count, width);
         bad |= !pack_panel<T>(src, gate, wide.at(i), width);
       }
       bad |= narrow.any_bad();

@@ -10,9 +10,6 @@ using namespace accel::pairs;
 
 enum class Activation : int { relu2, laplace, silu, sigmoid };
 
-// Columns of values that are multiplied at a time: a block of keys of them stays in the second-level cache.
-constexpr int PANEL = 128;
-
 struct Params : PairParams {
   Activation activation;
   Strided gate;  // data null if there is none

@@ -95,6 +95,9 @@ inline void weigh_with_slopes(const Logits& logits, Activation a, int64_t b, int
   });
 }
 
+// Columns of values that are multiplied at a time: a block of keys of them stays in the second-level cache.
+constexpr int PANEL = 128;
+
 inline int panels_of(int size) { return (size + PANEL - 1) / PANEL; }
 inline int panel_width(int size, int panel) { return std::min(PANEL, size - panel * PANEL); }
 
