@@ -26,14 +26,12 @@ class Backward : Block<T> {
         lin_k(BLOCK_KEYS, p.lin_dim),
         upstream(BLOCK_ROWS, columns),
         rest(exact ? BLOCK_ROWS : 0, columns),
-        state(columns, p.lin_dim),
         grad_state(p.lin_dim, columns),
         q_summed(BLOCK_ROWS, q),
         k_summed(BLOCK_KEYS, k),
         upstream_summed(BLOCK_ROWS, upstream),
-        state_summed(columns, state),
         grad_state_summed(p.lin_dim, grad_state),
-        states(p.states, panels, columns, p.lin_dim),
+        states(p.states, panels, columns, p.lin_dim, p.state_parts),
         grad_states(b.grad_states, panels, p.lin_dim, columns),
         turned_weights(BLOCK_ROWS, BLOCK_KEYS),
         turned_grads(BLOCK_ROWS, BLOCK_KEYS),
@@ -132,10 +130,8 @@ class Backward : Block<T> {
       float* values = grad_v.at(Base::several ? int64_t(panel) * BLOCK_KEYS : 0);
       if (first) through_sum(panel, width, values, padded);
       if (at == 0) {
-        states.read(Base::seen_from, panel, state);
-        state_summed.take(state, 0, width);
         float* made = grad_lin_q.at(first_row);
-        gemm<PAIRS>({upstream.at(0), upstream.ld, 1, state_summed.at(0), state_summed.ld, made, grad_lin_q.ld,
+        gemm<PAIRS>({upstream.at(0), upstream.ld, 1, states.at(Base::seen_from, panel, 0), states.ld, made, grad_lin_q.ld,
                      panel ? made : nullptr, grad_lin_q.ld, words},
                     rows, grad_lin_q.padded / W);
       }
@@ -247,7 +243,7 @@ class Backward : Block<T> {
       biases.add(id, 0, tiles[n], at, s, grad, ld);
     }
     add_products(padded);
-    if constexpr (!PAIRS) return;
+    if (!PAIRS || pairs.queries > TILE_ROWS) return;
     // again with what rounding left of them: where there are few pairs, one may be most of a gradient
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < padded; j += W) {
@@ -292,9 +288,10 @@ class Backward : Block<T> {
   // that are made of few pairs: those of biases, which are not rounded when they go out either, and of small chunks.
   const bool exact;
   Rows<PAIRS> lin_k;
-  Words<PAIRS> upstream, rest, state, grad_state;  // panels; `state` is turned round
-  Summed<PAIRS> q_summed, k_summed, upstream_summed, state_summed, grad_state_summed;
-  Slots<PAIRS> states, grad_states;
+  Words<PAIRS> upstream, rest, grad_state;  // panels
+  Summed<PAIRS> q_summed, k_summed, upstream_summed, grad_state_summed;
+  SummedSlots<PAIRS> states;
+  Slots<PAIRS> grad_states;
   TurnedWeights<PAIRS> turned_weights, turned_grads;
   Weights<PAIRS> straight_grads;
   Buffer v_t, weights, slopes, grads, grad_lin_k_t;

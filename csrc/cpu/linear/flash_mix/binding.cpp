@@ -43,6 +43,13 @@ int64_t row_words(const Params& p, int64_t columns) {
   return ((in_pairs(p) ? (columns + 1) / 2 : columns) + 15) / 16 * 16;
 }
 
+// Rows that a product adds up over; each begins an odd number of cache lines behind the one before.
+Ints summed_rows(const Params& p, int64_t rows, int64_t columns) {
+  const auto spread = [](int64_t n) { return ((n + 15) / 16 | 1) * 16; };
+  if (in_pairs(p)) return {(rows + 1) / 2, spread((columns + 31) / 32 * 32)};
+  return {rows, spread(columns)};
+}
+
 void cut_sequence(Cut& cut, int64_t batch, int64_t from, int64_t to, int64_t span, int64_t chunk_size, float scale) {
   const int64_t first = int64_t(cut.chunks.size());
   for (int64_t at = from; at < to; at += span) {
@@ -164,8 +171,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(ACCEL_FLASH_PARAMETERS) {
   p.out = rows_of(out, quad_q, size, "out");
   if (keep_sums) p.sums = rows_of(sums, quad_q, size, "sums");
   if (return_state) p.state_out = mutable_floats(after);
+  // of few products in a sum, the rounding of one may be most of what an output is off by
+  p.state_parts = in_pairs(p) && p.lin_dim <= 32 ? 2 : 1;
+  const Ints part = summed_rows(p, p.lin_dim, p.panel);
   cut.states = torch::stable::new_empty(
-      v, {causal ? int64_t(cut.chunks.size()) : n, panels, int64_t(p.lin_dim), row_words(p, p.panel)}, ScalarType::Float);
+      v, {causal ? int64_t(cut.chunks.size()) : n, panels, p.state_parts, part[0], part[1]}, ScalarType::Float);
   p.states = mutable_floats(cut.states);
   auto make = ACCEL_LEVEL(flash::flash_mix_states);
   torch::stable::parallel_for(0, n * panels, 1, [&](int64_t from, int64_t to) { make(p, from, to); });
@@ -228,7 +238,9 @@ Grads backward(OptionalTensor grad_out, OptionalTensor grad_state, Tensor sums, 
   SumTensors parts = allocate_sums(b, p.pairs, quad_q, {}, false, line && needs[1], table && needs[2]);
 
   const int64_t slots = causal ? chunks : n;
-  cut.states = floats(true, {slots, panels, int64_t(p.panel), row_words(p, p.lin_dim)});
+  p.state_parts = 1;
+  const Ints part = summed_rows(p, p.panel, p.lin_dim);
+  cut.states = floats(true, {slots, panels, part[0], part[1]});
   p.states = mutable_floats(cut.states);
   Tensor grad_states = floats(true, {slots, panels, int64_t(p.lin_dim), row_words(p, p.panel)});
   b.grad_states = mutable_floats(grad_states);

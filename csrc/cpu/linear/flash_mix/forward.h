@@ -18,9 +18,7 @@ class Forward : Block<T> {
         weights_in_fp32(PAIRS ? 0 : int64_t(BLOCK_ROWS) * Base::ld),
         v_summed(BLOCK_KEYS, v),
         lin_q(BLOCK_ROWS, p.lin_dim),
-        state(p.lin_dim, p.panel),
-        state_summed(p.lin_dim, state),
-        slots(p.states, panels, p.lin_dim, p.panel),
+        slots(p.states, panels, p.lin_dim, p.panel, p.state_parts),
         out(int64_t(Base::several ? panels : 1) * BLOCK_ROWS, p.panel),
         spoiled(BLOCK_ROWS) {
     for (int64_t n = 0; n < pairs.chunk_tiles; ++n) weights.emplace_back(pairs.tile_rows, BLOCK_KEYS);
@@ -66,11 +64,10 @@ class Forward : Block<T> {
     const int width = width_of(p, panel);
     float* made = out.at(Base::several ? int64_t(panel) * BLOCK_ROWS : 0);
     if (at == 0) {
-      slots.read(Base::seen_from, panel, state);
-      state_summed.take(state, 0, p.lin_dim);
-      gemm<PAIRS>({lin_q.at(0), lin_q.ld, 1, state_summed.at(0), state_summed.ld, made, out.ld, nullptr, 0, lin_q.words,
-                   scale},
-                  rows, vectors(width) / W);
+      for (int part = 0; part < slots.parts; ++part)
+        gemm<PAIRS>({lin_q.at(0), lin_q.ld, 1, slots.at(Base::seen_from, panel, part), slots.ld, made, out.ld,
+                     part ? made : nullptr, out.ld, lin_q.words, scale},
+                    rows, vectors(width) / W);
     }
     Base::pack_values(at, count, panel);
     v_summed.take(v, 0, vectors(count));
@@ -120,9 +117,7 @@ class Forward : Block<T> {
   Buffer weights_in_fp32;              // where they lie then
   Summed<PAIRS> v_summed;
   Rows<PAIRS> lin_q;
-  Words<PAIRS> state;
-  Summed<PAIRS> state_summed;
-  Slots<PAIRS> slots;
+  SummedSlots<PAIRS> slots;
   Words<> out;
   Marks spoiled;
 };

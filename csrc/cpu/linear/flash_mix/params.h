@@ -41,9 +41,10 @@ struct Params {
   const Task* tasks;
   const float* state;  // (N, lin_dim, E) or null: the sums before the first chunks
   float* state_out;    // after the last whole ones, or null
-  // The sum that each chunk sees or, without order, each sequence; in rows of words, panel by panel. What it is made of
-  // is found to be finite panel by panel as well: bad[chunk][panel].
+  // The sum that each chunk sees or, without order, each sequence, panel by panel. What it is made of is found to be
+  // finite panel by panel as well: bad[chunk][panel].
   float* states;
+  int state_parts;  // of which each is kept, where it is rounded
   char* bad;
   const char* lost;  // chunks whose queries see something in the sum that is not finite
 };

@@ -24,7 +24,51 @@ inline bool hidden(const Params& p, const Chunk& c, int64_t at) {
   return p.key_mask && !p.key_mask[c.batch * p.tokens + c.first + at];
 }
 
-// Rows that are put down as words, so many to a slot.
+// Sums that are put down as second operands of products, which add up over their rows; where they are rounded, in one part
+// or two.
+template <bool PAIRS>
+class SummedSlots {
+ public:
+  SummedSlots(float* data, int panels, int rows, int columns, int parts)
+      : parts(PAIRS ? parts : 1),
+        ld(PAIRS ? spread(2 * vectors(words_of<true>(columns))) : spread(columns)),
+        data_(data),
+        panels_(panels),
+        lines_(PAIRS ? (rows + 1) / 2 : rows) {}
+
+  void write(int64_t slot, int panel, const Words<>& from, int rows) {
+    for (int part = 0; part < parts; ++part) {
+      float* dst = place(slot, panel, part);
+      for (int i = 0; i < rows; i += PAIRS ? 2 : 1, dst += ld)
+        for (int j = 0; j < from.padded; j += W) {
+          vf x = load(from.at(i) + j), y{};
+          if (!PAIRS) {
+            store(dst + j, x);
+            continue;
+          }
+          if (i + 1 < rows) y = load(from.at(i + 1) + j);
+          if (part) x = rest_of(x), y = rest_of(y);
+          store_mated(dst + j, x, y);
+        }
+    }
+  }
+
+  const float* at(int64_t slot, int panel, int part) const { return place(slot, panel, part); }
+
+  const int parts;
+  const int ld;
+
+ private:
+  float* place(int64_t slot, int panel, int part) const {
+    return data_ + ((slot * panels_ + panel) * parts + part) * lines_ * ld;
+  }
+
+  float* const data_;
+  const int panels_;
+  const int64_t lines_;
+};
+
+// The same as rows of words.
 template <bool PAIRS>
 class Slots {
  public:
@@ -129,7 +173,7 @@ class States : Walk<T> {
 
  public:
   States(const Params& p, bool turned)
-      : Base(p, turned), slots(p.states, panels, turned ? wide.columns() : p.lin_dim, turned ? p.lin_dim : wide.columns()) {}
+      : Base(p, turned), slots(p.states, panels, turned ? wide.columns() : p.lin_dim, turned ? p.lin_dim : wide.columns(), p.state_parts) {}
 
   void run(int64_t from, int64_t to) {
     for (int64_t task = from; task < to; ++task) {
@@ -144,11 +188,11 @@ class States : Walk<T> {
     const int64_t place = n * p.lin_dim * size;
     Base::begin(p.state ? p.state + place : nullptr);
     for (int64_t c = s.first; c < s.end; ++c) {
-      if (p.causal) slots.write(c, panel, sum);
+      if (p.causal) slots.write(c, panel, sum, Base::rows());
       const bool seen = !p.causal || c + 1 < s.end || (p.state_out && p.chunks[c].whole);
       p.bad[c * panels + panel] = seen && add_chunk(p.chunks[c]);
     }
-    if (!p.causal) slots.write(n, panel, sum);
+    if (!p.causal) slots.write(n, panel, sum, Base::rows());
     if (p.state_out) Base::end(p.state_out + place);
   }
 
@@ -174,7 +218,7 @@ class States : Walk<T> {
     return bad;
   }
 
-  Slots<PAIRS> slots;
+  SummedSlots<PAIRS> slots;
 };
 
 // Sums of queries times upstream gradients times gates, from the last chunk to the first.
