@@ -44,7 +44,7 @@ class Backward {
         tile.decay.begin(s.batch, hs, t, count);
         grad.shrink(tile.decay.whole);
         for (int64_t n = 0; n < tile.group; ++n) {
-          load_rows(s.batch, hs * tile.group + n, t, count, true);
+          load_rows(s.batch, hs * tile.group + n, t, count, s.before(t), true);
           lost |= last_bad_row() >= 0;
           remember(count);
         }
@@ -81,23 +81,18 @@ class Backward {
     return !p.normalize ? 1.0f : p.den[row] == 0.0f ? 0.0f : 1.0f / p.den[row];
   }
 
-  // Queries, g and c of a chunk; c only where that was made before.
-  void load_rows(int64_t batch, int64_t h, int64_t t, int count, bool with_c) {
-    tile.load_queries(batch, h, t, count);
-    g.begin();
+  // Queries, g and c of a chunk; c only where that was made before. `next`: see Tile::load_keys.
+  void load_rows(int64_t batch, int64_t h, int64_t t, int count, int64_t next, bool with_c) {
+    tile.load_queries(batch, h, t, count, next);
+    const int64_t row = (batch * p.heads + h) * p.queries + t;
+    const Strided& from = b.grad_out.data ? b.grad_out : p.out;  // whose values nobody looks at
+    tile.pack(g, Map::identity, from, batch, h, t, count, [&](int) { return b.grad_out.data != nullptr; },
+              [&](int i) { return inverse_of_den(row + i); });
+    tile.fetch_rows(from, batch, h, next, p.queries, p.values);
     for (int i = 0; i < count; ++i) {
-      const int64_t row = (batch * p.heads + h) * p.queries + t + i;
-      c[i] = 0.0f;
-      if (!b.grad_out.data) {
-        g.clear(i);
-        continue;
-      }
-      tile.pack(g, i, Map::identity, b.grad_out, batch, h, t + i, inverse_of_den(row));
-      if (!p.normalize || !with_c) continue;
-      c[i] = b.by_sum[row];
+      c[i] = b.grad_out.data && p.normalize && with_c ? b.by_sum[row + i] : 0.0f;
       if (!std::isfinite(c[i])) g.spoil(i), c[i] = 0.0f;
     }
-    for (int i = count; i < vectors(count); ++i) g.clear(i);
     g.round(count, true);
   }
 
@@ -123,12 +118,12 @@ class Backward {
       int spoilt = lost ? 0 : CHUNK;
       of_decay.begin_queries(s, hs, t, state_t);
       if (p.causal) {
-        tile.load_keys(s.batch, hs, t, count);
+        tile.load_keys(s.batch, hs, t, count, s.after(t));
         tile.v.turn(v_t, tile.ld, count);
         if (again && p.normalize) tile.k.turn(k_t, tile.ld, count);
         spoilt = std::min(spoilt, tile.first_bad_key());
       }
-      for (int64_t n = 0; n < tile.group; ++n) query_rows(s.batch, hs * tile.group + n, t, count, spoilt);
+      for (int64_t n = 0; n < tile.group; ++n) query_rows(s, hs * tile.group + n, t, count, spoilt);
       of_decay.end_queries(s.batch, hs, t, count);
       if (p.causal) {
         state_t.shrink(tile.decay.whole);
@@ -139,8 +134,9 @@ class Backward {
     }
   }
 
-  void query_rows(int64_t batch, int64_t h, int64_t t, int count, int spoilt) {
-    load_rows(batch, h, t, count, false);
+  void query_rows(const Segment& s, int64_t h, int64_t t, int count, int spoilt) {
+    const int64_t batch = s.batch;
+    load_rows(batch, h, t, count, s.after(t), false);
     Words<>& rows = of_keys;  // (count, F)
     tile.cross_exact(g, state_t.main.at(0), state_t.main.ld, rows, count);
     if (tile.decay.any()) tile.scale_rows(rows, tile.decay.from_start, count);
@@ -226,7 +222,7 @@ class Backward {
     for (int64_t t = last_chunk(s); t >= s.from; t -= CHUNK) {
       const int count = int(std::min<int64_t>(CHUNK, s.to - t));
       of_decay.begin_keys(s, hs, t, grad, lost);
-      tile.load_keys(s.batch, hs, t, count);
+      tile.load_keys(s.batch, hs, t, count, s.before(t));
       Words<>&dk = of_keys, &dv = of_values;
       tile.cross(tile.keys_at_end(), grad.second(), grad.second_ld, dv, count);
       grad.turn(grad_t, tile.k.ld);
@@ -242,7 +238,7 @@ class Backward {
         tile.k.turn(k_t, tile.ld, count);
         tile.v.turn(v_t, tile.ld, count);
         for (int64_t n = 0; n < tile.group; ++n) {
-          load_rows(s.batch, hs * tile.group + n, t, count, true);
+          load_rows(s.batch, hs * tile.group + n, t, count, s.before(t), true);
           spoilt = std::max(spoilt, last_bad_row() + 1);
           tile.lower(tile.q, k_t, tile.weights, count);
           tile.decayed(tile.weights, count, nullptr, [](int, float) {});

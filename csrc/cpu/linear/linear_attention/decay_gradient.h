@@ -115,7 +115,7 @@ class DecayGradient {
       for (int d = 0; d < p.features; ++d) std::copy_n(state_.main.at(d), before_.padded, row_before(n, d));
       std::copy_n(state_.sum.data(), vectors(p.features), sums_before_ + n * vectors(p.features));
       if (n + 1 == STRETCH || t + CHUNK >= s.to) return;
-      tile.load_keys(s.batch, hs, t, CHUNK);
+      tile.load_keys(s.batch, hs, t, CHUNK, s.after(t));
       state_.shrink(tile.decay.whole);
       tile.accumulate(tile.keys_at_end(), tile.v, state_.main, CHUNK);
       if (p.normalize) tile.add_rows(tile.keys_at_end(), nullptr, state_.sum, CHUNK);

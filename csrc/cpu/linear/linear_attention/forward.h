@@ -25,7 +25,7 @@ class Forward {
       bool lost = false;
       for (int64_t t = s.from; t < s.to; t += CHUNK) {
         const int count = int(std::min<int64_t>(CHUNK, s.to - t));
-        tile.load_keys(s.batch, hs, t, count);
+        tile.load_keys(s.batch, hs, t, count, s.after(t));
         remember(count);
         lost |= tile.first_bad_key() < CHUNK;
       }
@@ -54,12 +54,12 @@ class Forward {
       const int count = int(std::min<int64_t>(CHUNK, s.to - t));
       int bad = lost ? 0 : CHUNK;
       if (p.causal) {
-        tile.load_keys(s.batch, hs, t, count);
+        tile.load_keys(s.batch, hs, t, count, s.after(t));
         tile.k.turn(k_t, tile.ld, count);
         second = state.second();
         bad = std::min(bad, tile.first_bad_key());
       }
-      for (int64_t g = 0; g < tile.group; ++g) rows(s.batch, hs * tile.group + g, t, count, bad);
+      for (int64_t g = 0; g < tile.group; ++g) rows(s, hs * tile.group + g, t, count, bad);
       if (p.causal) remember(count);
       lost |= bad < CHUNK;
     }
@@ -77,8 +77,9 @@ class Forward {
   }
 
   // Output rows of a chunk of queries; those from `bad` on see something that is not finite.
-  void rows(int64_t b, int64_t h, int64_t t, int count, int bad) {
-    tile.load_queries(b, h, t, count);
+  void rows(const Segment& s, int64_t h, int64_t t, int count, int bad) {
+    const int64_t b = s.batch;
+    tile.load_queries(b, h, t, count, s.after(t));
     tile.cross(tile.q, second, state.second_ld, out, count);
     float den[CHUNK];
     if (p.normalize)

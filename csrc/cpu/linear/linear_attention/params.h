@@ -8,7 +8,7 @@
 
 namespace accel::linear_attention {
 
-constexpr int CHUNK = 64;    // tokens whose pairs are looked at together
+constexpr int CHUNK = 32;    // tokens whose pairs are looked at together
 constexpr int STRETCH = 16;  // chunks whose states a backward holds, where it has to make them again
 
 // (B, heads, tokens, size) with any strides, in elements, and the last axis contiguous. Output head h reads head h / share
@@ -26,6 +26,10 @@ struct Segment {
   int64_t slot;  // in causal order its own number, else that of the first run of its sequence on the other side
   bool first, last;  // of the runs of its sequence
   int64_t kept;      // states that were kept of the runs before it
+
+  // Where the chunk after the one at t begins, in the one order or the other; below 0 if there is none.
+  int64_t after(int64_t t) const { return t + CHUNK < to ? t + CHUNK : -1; }
+  int64_t before(int64_t t) const { return t > from ? t - CHUNK : -1; }
 };
 
 // States (slots, Hs), each (F, E), then F numbers for the denominator; and whether something that is not finite went

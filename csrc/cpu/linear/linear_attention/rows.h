@@ -43,29 +43,23 @@ class Rows : public Words<> {
   explicit Rows(int size)
       : Words<>(CHUNK, size), rounded_(PAIRS ? CHUNK : 0, size), mated_(PAIRS ? CHUNK : 0, rounded_) {}
 
-  void begin() { std::fill_n(bad_, CHUNK, false); }
-
-  // Row `row` = mul · map(src), zeros behind it.
-  template <typename M, typename T>
-  void pack(M, int row, const T* src, float mul) {
-    float* dst = at(row);
-    vf check{};  // 0 · x is NaN for what is not finite
-    int d = 0;
-    for (; d + W <= size; d += W) {
-      const vf x = M::value(load(src + d));
-      check += x * 0.0f;
-      store(dst + d, x * mul);
+  // Row i of the first `count` = mul(i) · map(source(i)), zeros behind it and in rows without a source.
+  template <typename M, typename Source, typename Factor>
+  void pack(M, int count, Source source, Factor mul) {
+    std::fill_n(bad_, CHUNK, false);
+    vf check{};  // of all rows at once: hardly ever is there anything to look for
+    for (int i = 0; i < vectors(count); ++i) {
+      const auto* src = i < count ? source(i) : nullptr;
+      if (src) {
+        check += pack_row(M{}, i, src, mul(i));
+      } else {
+        clear(i);
+      }
     }
-    if (d < size) {
-      float tail[W];
-      load_row(src + d, tail, size - d, W);
-      store(tail, M::value(load(tail)));
-      for (int i = 0; i < W; ++i) dst[d + i] = d + i < size ? tail[i] * mul : 0.0f;
-      check += load(dst + d) * 0.0f;
-      d += W;
-    }
-    for (; d < padded; d += W) store(dst + d, vf{});
-    if (!(sum_lanes(check)[0] == 0.0f)) spoil(row);
+    if (sum_lanes(check)[0] == 0.0f) return;
+    for (int i = 0; i < count; ++i)
+      if (const auto* src = source(i))
+        if (!(sum_lanes(pack_row(M{}, i, src, mul(i)))[0] == 0.0f)) spoil(i);
   }
 
   // What is not finite in a row counts as zero from now on.
@@ -118,6 +112,29 @@ class Rows : public Words<> {
   using Words<>::size;
 
  private:
+  // The sum over the row of 0 · x: NaN where something is not finite.
+  template <typename M, typename T>
+  vf pack_row(M, int row, const T* src, float mul) {
+    float* dst = at(row);
+    vf check{};
+    int d = 0;
+    for (; d + W <= size; d += W) {
+      const vf x = M::value(load(src + d));
+      check += x * 0.0f;
+      store(dst + d, x * mul);
+    }
+    if (d < size) {
+      float tail[W];
+      load_row(src + d, tail, size - d, W);
+      store(tail, M::value(load(tail)));
+      for (int i = 0; i < W; ++i) dst[d + i] = d + i < size ? tail[i] * mul : 0.0f;
+      check += load(dst + d) * 0.0f;
+      d += W;
+    }
+    for (; d < padded; d += W) store(dst + d, vf{});
+    return check;
+  }
+
   Words<PAIRS> rounded_;
   Summed<PAIRS> mated_;
   bool is_mated_ = false;

@@ -78,17 +78,13 @@ class Tile {
         left_(CHUNK, CHUNK),
         turned_(CHUNK, CHUNK) {}
 
-  void load_keys(int64_t b, int64_t hs, int64_t first, int count) {
-    k.begin(), v.begin();
-    for (int i = 0; i < count; ++i) {
-      if (hidden(b, first + i)) {
-        k.clear(i), v.clear(i);
-        continue;
-      }
-      pack(k, i, p.map, p.k, b, hs, first + i, 1.0f);
-      pack(v, i, Map::identity, p.v, b, hs, first + i, 1.0f);
-    }
-    for (int i = count; i < vectors(count); ++i) k.clear(i), v.clear(i);
+  // `next` is where the chunk after this one begins, or below 0 where there is none.
+  void load_keys(int64_t b, int64_t hs, int64_t first, int count, int64_t next) {
+    const auto shown = [&](int i) { return !hidden(b, first + i); };
+    const auto one = [](int) { return 1.0f; };
+    pack(k, p.map, p.k, b, hs, first, count, shown, one);
+    pack(v, Map::identity, p.v, b, hs, first, count, shown, one);
+    fetch_rows(p.k, b, hs, next, p.keys, p.features), fetch_rows(p.v, b, hs, next, p.keys, p.values);
     k.round(count, true), v.round(count, false);  // values are bf16 already
     decay.begin(b, hs, first, count);
     if (decay.any()) shrunk(k, decay.to_end, late_k, count);
@@ -102,12 +98,25 @@ class Tile {
     to.round(count, true);
   }
 
-  // Row `row` = mul · map of a token of x.
-  void pack(Rows<PAIRS>& rows, int row, Map map, const Strided& x, int64_t b, int64_t h, int64_t t, float mul) const {
+  // rows = mul(i) · map of tokens of x where shown(i), else zeros.
+  template <typename Shown, typename Factor>
+  void pack(Rows<PAIRS>& rows, Map map, const Strided& x, int64_t b, int64_t h, int64_t first, int count, Shown shown,
+            Factor mul) const {
     with_type<PAIRS>(p.dtype, [&](auto of) {
-      const auto* source = row_of<decltype(of)>(x, b, h, t);
-      with_map(map, [&](auto f) { rows.pack(f, row, source, mul); });
+      const auto* source = row_of<decltype(of)>(x, b, h, first);
+      with_map(map, [&](auto f) {
+        rows.pack(f, count, [&](int i) { return shown(i) ? source + i * x.token : nullptr; }, mul);
+      });
     });
+  }
+
+  // Starts to read the chunk of tokens from `first` on, of which there are `tokens`: while another is computed.
+  void fetch_rows(const Strided& x, int64_t b, int64_t h, int64_t first, int64_t tokens, int size) const {
+    if (first < 0) return;
+    const int64_t item = p.dtype == Dtype::f32 ? 4 : 2;
+    const char* at = static_cast<const char*>(x.data) + (b * x.batch + h / x.share * x.head + first * x.token) * item;
+    const int64_t count = std::min<int64_t>(CHUNK, tokens - first);
+    for (int64_t i = 0; i < count; ++i) fetch(at + i * x.token * item, size * item);
   }
 
   void put(const Strided& to, int64_t b, int64_t h, int64_t t, const float* from, int n, float mul) const {
@@ -120,10 +129,9 @@ class Tile {
   Rows<PAIRS>& keys_at_end() { return decay.any() ? late_k : k; }
   int first_bad_key() const { return std::min(k.first_bad(), v.first_bad()); }
 
-  void load_queries(int64_t b, int64_t h, int64_t first, int count) {
-    q.begin();
-    for (int i = 0; i < count; ++i) pack(q, i, p.map, p.q, b, h, first + i, p.scale);
-    for (int i = count; i < vectors(count); ++i) q.clear(i);
+  void load_queries(int64_t b, int64_t h, int64_t first, int count, int64_t next) {
+    pack(q, p.map, p.q, b, h, first, count, [](int) { return true; }, [&](int) { return p.scale; });
+    fetch_rows(p.q, b, h, next, p.queries, p.features);
     q.round(count, p.causal);
   }
 
