@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -91,18 +92,21 @@ def _cpu(
     scale: float,
     eps: float,
 ) -> Tensor:
-    out: Tensor = torch.ops.accel_native.linear_attention_step.default(
-        q, k, v, kv, k_sum, decay, _CODES[features], scale, eps
-    )
-    _count_change(kv)
-    if k_sum is not None:
-        _count_change(k_sum)
+    out: Tensor = _native()(q, k, v, kv, k_sum, decay, _CODES[features], scale, eps)
+    if not kv.is_inference():  # torch counts the changes that its own ops make, and no others
+        _increment_version([kv] if k_sum is None or k_sum.is_inference() else [kv, k_sum])
+    elif k_sum is not None and not k_sum.is_inference():
+        _increment_version([k_sum])
     return out
 
 
-def _count_change(x: Tensor) -> None:
-    if not x.is_inference():
-        torch._C._increment_version([x])  # torch sees to that for its own ops alone
+_increment_version = torch._C._increment_version
+
+
+@functools.cache
+def _native() -> Any:
+    """The op in accel._C, which has been loaded: three look-ups, beside a kernel that may take as long."""
+    return torch.ops.accel_native.linear_attention_step.default
 
 
 def _lean(
@@ -132,8 +136,13 @@ def _lean(
     try:
         if not q.is_cpu or torch.is_autocast_enabled("cpu"):
             return None
-        if torch.is_grad_enabled() and any(
-            [x is not None and x.requires_grad for x in (q, k, v, kv, k_sum, log_decay)]
+        if torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or kv.requires_grad
+            or (k_sum is not None and k_sum.requires_grad)
+            or (log_decay is not None and log_decay.requires_grad)
         ):
             return None
         if log_decay is not None and log_decay.dtype is not torch.float32:
@@ -145,11 +154,10 @@ def _lean(
 
 def _untraced() -> bool:
     """Whether no tracer, mode or transform is to see the call."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return not (torch.compiler.is_compiling() or _modes() or _transforms())
+
+
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
 
 
 # --- declaration: a registered op for tracers, which a call from Python need not go through ---

@@ -72,6 +72,7 @@ void by_rows(float* state, const float* k, const float* v, const float* q, float
   int64_t at = 0;
   for (; at + ROW * W <= values; at += ROW * W)
     rows_of<ROW>(state + at, values, k, v + at, q, shrink, out + at, features);
+  for (; at + 4 * W <= values; at += 4 * W) rows_of<4>(state + at, values, k, v + at, q, shrink, out + at, features);
   for (; at + 2 * W <= values; at += 2 * W) rows_of<2>(state + at, values, k, v + at, q, shrink, out + at, features);
   for (; at + W <= values; at += W) rows_of<1>(state + at, values, k, v + at, q, shrink, out + at, features);
   if (at < values) rest_of_rows(state + at, values, k, v + at, q, shrink, out + at, features, values - at);
