@@ -173,3 +173,12 @@ def products_of(dtype: torch.dtype) -> dict[str, Any]:
         return {"dot": _launch.dot_dtype(torch.float32), "drop": 13, "precision": "tf32"}
     drop = 16 if dtype == torch.bfloat16 and _launch.INTERPRETING else 0
     return {"dot": _launch.dot_dtype(dtype), "drop": drop, "precision": "ieee"}
+
+
+ANCHORED = 256
+"""Tokens of a part at most, where the gradient of decay is asked for: a running difference starts anew in each."""
+
+
+def anchored_parts(parts: int, tokens: int, sequences: int) -> int:
+    """``parts``, or so many that none is longer; of packed sequences that differ, some are."""
+    return max(parts, -(-tokens // (ANCHORED * sequences)))

@@ -152,21 +152,27 @@ def _of_group(dots_ptr, t, inside, batch, head, heads, group, batches, rows, til
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def decay_gradient_kernel(
-    grad_ptr, queries_ptr, keys_ptr, ends_ptr, cu_ptr, heads, group, batches, rows, tiles, flags,
-    TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, queries_ptr, keys_ptr, ends_ptr, cu_ptr, heads, group, batches, rows, parts, tiles, flags,
+    TOKEN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of decay from the products of features with their gradients.
+    """The gradient of decay from the products of features with their gradients, a part of a sequence a program.
 
     A token's decay is in the weight of each query from it on with each key before it: what queries give less what keys
-    give cancels but for those, summed from the end of a sequence, where the gradient of the final state enters. In
-    fp64, as little is left of much. ``tiles`` and ``flags``: how many parts the products come in.
+    give cancels but for those, summed from the end of a part, where pairs on both sides of it enter: the state there
+    times its gradient. Summed from the end of a long sequence it would drift. In fp64, as little is left of much.
+    ``tiles`` and ``flags``: how many tiles the products come in.
     """
-    head = tl.program_id(0) % heads
-    n = tl.program_id(0) // heads
+    part = tl.program_id(0) % parts
+    unit = tl.program_id(0) // parts
+    head = unit % heads
+    n = unit // heads
     start, stop = bounds(cu_ptr, n, rows)
     batch = n.to(tl.int64)
     if cu_ptr is not None:
         batch = batch * 0
+    each = tl.cdiv(tl.cdiv(stop - start, parts), CHUNK) * CHUNK
+    start = tl.minimum(start + part * each, stop)
+    stop = tl.minimum(start + each, stop)
     carry = tl.sum(tl.zeros((BLOCK,), tl.float64), 0)
     if ends_ptr is not None:
         carry += tl.load(ends_ptr + tl.program_id(0)).to(tl.float64)
@@ -175,10 +181,10 @@ def decay_gradient_kernel(
     for step in tl.range(0, blocks):
         t = start + (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         inside = t < stop
-        each = _of_group(queries_ptr, t, inside, batch, head, heads, group, batches, rows, tiles)
-        each -= _of_group(keys_ptr, t, inside, batch, head, heads, group, batches, rows, flags)
-        found = tl.cumsum(each, 0, reverse=True) + carry
-        carry += tl.sum(each, 0)
+        added = _of_group(queries_ptr, t, inside, batch, head, heads, group, batches, rows, tiles)
+        added -= _of_group(keys_ptr, t, inside, batch, head, heads, group, batches, rows, flags)
+        found = tl.cumsum(added, 0, reverse=True) + carry
+        carry += tl.sum(added, 0)
         if TOKEN:
             tl.store(grad_ptr + (batch * heads + head) * rows + t, found.to(tl.float32), mask=inside)
         else:

@@ -7,9 +7,9 @@ two exponentials, one of them of a positive number, would overflow.
 
 Where the order is not causal, one launch sums up all columns and another computes the rows.
 
-The gradient of decay is a running sum, over all tokens, of what gradients of q give less what those of k give: the same
-numbers in another order, which all but cancel. Where it is asked for, pairs and states are **fine** if operands are
-rounded: each is two, the rounded number and what it lacks. Upstream gradients and values are exact as they are.
+The gradient of decay is a running sum, over a part's tokens, of what gradients of q give less what those of k give: the
+same numbers in another order, which all but cancel. Where it is asked for, pairs and states are **fine** if operands
+are rounded: each is two, the rounded number and what it lacks. Upstream gradients and values are exact as they are.
 """
 
 from __future__ import annotations
@@ -313,7 +313,8 @@ def sweep_kernel(
                     den = den * numbers.scale + numbers.eps
                     nothing = den == 0.0
                     o = tl.where(nothing[:, None], 0.0, o / tl.where(nothing, 1.0, den)[:, None])
-                    tl.store(pointers.den + by_row + t, den, mask=inside & (tile == 0))
+                    if pointers.den is not None:
+                        tl.store(pointers.den + by_row + t, den, mask=inside & (tile == 0))
             if MODE == "grad_q":
                 o *= weight[:, None]
                 lost = x_bad

@@ -317,3 +317,24 @@ def test_a_callable_maps_features():
     assert_close(got, expected.double(), "linear", torch.float32)
     with pytest.raises(ValueError, match=r"must keep \(B, H, tokens\)"):
         accel.linear_attention(q, k, v, feature_map=lambda x: x[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:-1])
+def test_denominators_are_kept_for_a_backward_alone(backend):
+    q = torch.ones(1, 2, 5, 8)
+    made = {}
+
+    def watched(*given):
+        *_, made["den"] = found = forward(*given)
+        return found
+
+    leaf = OP.backend(backend)
+    forward = leaf.forward
+    object.__setattr__(leaf, "forward", watched)
+    try:
+        for wanted, shape in ((False, (0,)), (True, (1, 2, 5))):
+            out = accel.linear_attention(q.clone().requires_grad_(wanted), q, q, causal=True, backend=backend)
+            assert out.requires_grad is wanted
+            assert made["den"].shape == shape
+    finally:
+        object.__setattr__(leaf, "forward", forward)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import accel
-from accel import testing
 from accel.ops.linear.linear_attention import OP
 from accel.testing import assert_close
 

@@ -224,3 +224,30 @@ def test_why_not_without_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_launch, "INTERPRETING", False)
     args = prepared()
     assert "cpu" in str(kernels.why_not(args._replace(q=args.q.cpu())))
+
+
+# --- the gradient of decay of sequences that are longer than a part ---
+
+
+@pytest.mark.parametrize("of", ["token", pytest.param("head", marks=SLOW)])
+@pytest.mark.parametrize("normalize", [False, pytest.param(True, marks=SLOW)], ids=["sum", "normalized"])
+def test_the_gradient_of_decay_does_not_drift(normalize: bool, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through rows and the final state, by heads that share keys, in parts of 64 tokens, the last of them short."""
+    monkeypatch.setattr(arguments, "ANCHORED", 64)
+    generator = torch.Generator().manual_seed(2)  # a number for all tokens is no small difference of large ones
+    q, k, v = [torch.rand(1, n, 180, 16, generator=generator) - (not normalize) / 2 for n in (2, 1, 1)]
+    decay = -0.05 * torch.rand(1, 1, 180, generator=generator)
+    decay = decay.mean((0, 2)) if of == "head" else decay
+
+    def gradient(backend: str, dtype: torch.dtype, device: str) -> torch.Tensor:
+        leaf = decay.to(device, dtype).requires_grad_()
+        out, state = accel.linear_attention(
+            *[x.to(device, dtype) for x in (q, k, v)], feature_map="identity", causal=True, normalize=normalize,
+            log_decay=leaf, return_state=True, backend=backend,
+        )  # fmt: skip
+        made = [x for x in (out, *state) if x is not None]
+        upstream = [testing.running.random_like(x, i) for i, x in enumerate(made)]
+        return torch.autograd.grad(made, leaf, upstream)[0]
+
+    want = gradient("reference", torch.float64, "cpu")
+    assert_close(gradient("triton", FP32, DEVICE), want, "sum_grad" if of == "head" else "linear_grad", FP32)

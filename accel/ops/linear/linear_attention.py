@@ -35,6 +35,7 @@ class Args(NamedTuple):
     causal: bool
     normalize: bool
     return_state: bool
+    keep: bool  # the denominators, which a backward starts from
     scale: float
     eps: float
 
@@ -160,7 +161,8 @@ def _fake(args: Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = empty_like_layout(q, (q.shape[0], args.heads, q.shape[2], e))
     kv = q.new_empty((n, hs, d, e) if args.return_state else (0,), dtype=torch.float32)
     k_sum = q.new_empty((n, hs, d) if args.return_state and args.normalize else (0,), dtype=torch.float32)
-    den = q.new_empty((q.shape[0], args.heads, q.shape[2]) if args.normalize else (0,), dtype=torch.float32)
+    kept = (q.shape[0], args.heads, q.shape[2]) if args.normalize and args.keep else (0,)
+    den = q.new_empty(kept, dtype=torch.float32)
     return out, kv, k_sum, den
 
 
@@ -249,6 +251,7 @@ def _prepare(
         causal=bool(causal),
         normalize=bool(normalize),
         return_state=bool(return_state),
+        keep=True,
         scale=float(scale),
         eps=float(eps) if normalize else 0.0,
     )
@@ -260,7 +263,7 @@ _run = library.differentiable(
     reference,
     gradients=6,
     always=3,
-    outputs=["out", "kv", "k_sum", "den"],  # den: the denominators with eps, empty where nothing is normalized
+    outputs=["out", "kv", "k_sum", "den"],  # den: the denominators with eps, empty where none are kept
     differentiable_outputs=3,
     keep_outputs=["out", "den"],
     fake=_fake,
@@ -359,7 +362,8 @@ def linear_attention(
         position=position,
         eps=eps,
     )
-    out, kv, k_sum, _ = _run(args, backend, 3 if return_state else 1)
+    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in args[:6]])
+    out, kv, k_sum, _ = _run(args._replace(keep=keep), backend, 3 if return_state else 1)
     return (out, (kv, k_sum if args.normalize else None)) if return_state else out
 
 

@@ -65,12 +65,17 @@ def reference(*given: Any) -> Tensor:
 # --- backends ---
 
 
-def _why_not_cpu(args: Args) -> str | None:
+def why_not_state(args: Args) -> str | None:
+    """Why kernels cannot update the state in place."""
     if not _is_dense(args.kv) or (args.k_sum is not None and args.k_sum.stride(-1) != 1):
         return f"the state is laid out with strides {args.kv.stride()}: not a matrix a head, one behind the other"
     if 0 in args.kv.shape:
         return f"the state is empty: {tuple(args.kv.shape)}"
-    return backends.why_not_cpu(args)
+    return None
+
+
+def _why_not_cpu(args: Args) -> str | None:
+    return why_not_state(args) or backends.why_not_cpu(args)
 
 
 def _is_dense(kv: Tensor) -> bool:
@@ -93,11 +98,25 @@ def _cpu(
     eps: float,
 ) -> Tensor:
     out: Tensor = _native()(q, k, v, kv, k_sum, decay, _CODES[features], scale, eps)
-    if not kv.is_inference():  # torch counts the changes that its own ops make, and no others
+    _count_changes(kv, k_sum)
+    return out
+
+
+def _triton_forward(*given: Any) -> Tensor:
+    out: Tensor = _triton.forward(*given)
+    _count_changes(given[3], given[4])
+    return out
+
+
+_triton = backends.triton(__name__)
+
+
+def _count_changes(kv: Tensor, k_sum: Tensor | None) -> None:
+    """Which torch does for its own ops alone."""
+    if not kv.is_inference():
         _increment_version([kv] if k_sum is None or k_sum.is_inference() else [kv, k_sum])
     elif k_sum is not None and not k_sum.is_inference():
         _increment_version([k_sum])
-    return out
 
 
 _increment_version = torch._C._increment_version
@@ -326,6 +345,9 @@ OP = dispatch.register(
         example=_example,
         backends=(
             dispatch.Backend("cpu", _why_not_cpu, _cpu, devices=frozenset({"cpu"}), dtypes=backends.KERNEL_DTYPES),
+            dispatch.Backend(
+                "triton", _triton.why_not, _triton_forward, devices=frozenset({"cuda"}), dtypes=backends.KERNEL_DTYPES
+            ),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
         differentiable=False,

@@ -169,8 +169,8 @@ Tensor floats(const Tensor& like, bool wanted, std::vector<int64_t> shape) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, OptionalTensor decay,
                                                    OptionalTensor kv, OptionalTensor k_sum, OptionalTensor key_mask,
                                                    OptionalTensor cu_q, OptionalTensor cu_k, std::string features,
-                                                   bool causal, bool normalize, bool return_state, double scale,
-                                                   double eps) {
+                                                   bool causal, bool normalize, bool return_state, bool keep,
+                                                   double scale, double eps) {
   Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, return_state,
                        scale, eps);
   point(call);
@@ -179,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v,
   Tensor out = empty_like_layout(q, p.heads, p.queries, p.values);
   Tensor kv_out = floats(q, return_state, {n, hs, int64_t(p.features), int64_t(p.values)});
   Tensor sum_out = floats(q, return_state && normalize, {n, hs, int64_t(p.features)});
-  Tensor den = floats(q, normalize, {p.batch, p.heads, p.queries});
+  Tensor den = floats(q, normalize && keep, {p.batch, p.heads, p.queries});
   p.out = strided(out, "out", p.heads);
-  p.den = normalize ? mutable_floats(den) : nullptr;
+  p.den = normalize && keep ? mutable_floats(den) : nullptr;
   p.kv_out = return_state ? mutable_floats(kv_out) : nullptr;
   p.k_sum_out = return_state && normalize ? mutable_floats(sum_out) : nullptr;
   make_states(call, q);
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     OptionalTensor grad_out, OptionalTensor grad_kv, OptionalTensor grad_k_sum, Tensor out, Tensor den, Tensor q,
     Tensor k, Tensor v, OptionalTensor decay, OptionalTensor kv, OptionalTensor k_sum, OptionalTensor key_mask,
     OptionalTensor cu_q, OptionalTensor cu_k, std::string features, bool causal, bool normalize, bool return_state,
-    double scale, double eps, Bools needs) {
+    bool /*keep*/, double scale, double eps, Bools needs) {
   Call call = describe(q, k, v, decay, kv, k_sum, key_mask, cu_q, cu_k, features, causal, normalize, return_state,
                        scale, eps);
   point(call);
@@ -305,13 +305,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(accel_native, m) {
   m.def(
       "linear_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? kv, Tensor? k_sum, Tensor? "
-      "key_mask, Tensor? cu_q, Tensor? cu_k, str features, bool causal, bool normalize, bool return_state, float "
-      "scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+      "key_mask, Tensor? cu_q, Tensor? cu_k, str features, bool causal, bool normalize, bool return_state, bool "
+      "keep, float scale, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_attention_backward(Tensor? grad_out, Tensor? grad_kv, Tensor? grad_k_sum, Tensor out, Tensor den, "
       "Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? kv, Tensor? k_sum, Tensor? key_mask, Tensor? cu_q, "
-      "Tensor? cu_k, str features, bool causal, bool normalize, bool return_state, float scale, float eps, bool[] "
-      "needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? cu_k, str features, bool causal, bool normalize, bool return_state, bool keep, float scale, float eps, "
+      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(accel_native, CPU, m) {

@@ -100,7 +100,7 @@ class Forward {
       float mul = 1.0f;
       if (p.normalize) {
         den[i] += p.eps;
-        p.den[(b * p.heads + h) * p.queries + t + i] = den[i];
+        if (p.den) p.den[(b * p.heads + h) * p.queries + t + i] = den[i];
         mul = den[i] == 0.0f ? 0.0f : 1.0f / den[i];
       }
       if (i >= bad || tile.q.bad(i)) mul = NOT_A_NUMBER;
