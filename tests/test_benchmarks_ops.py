@@ -381,7 +381,7 @@ def test_what_flash_mix_costs() -> None:
 
 
 def test_the_rival_of_a_token_computes_the_same() -> None:
-    case = linear_attention_step._case(linear_attention_step.Shape(2, 3, 8, None), torch.float32)
+    case = linear_attention_step._case(linear_attention_step.Shape(2, 3, 8, None), "cpu", torch.float32)
     for row in rows_of(case):
         assert row.status == "ok", f"{row.label} {row.mode} {row.provider}: {row.reason}"
     inputs = case.inputs(torch.Generator().manual_seed(1))
