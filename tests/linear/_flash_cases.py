@@ -128,7 +128,6 @@ CASES = [*PLAIN, *RULES, *EXACT]
 BEHAVIOUR = [
     case("causal", 11, 4, s=8, s2=4, E=8, rows=7, **WHOLE, causal=True, state=True, mask=True, activation="laplace"),
     case("full", 6, 3, s=8, s2=4, E=16, rows=6, bias_index=random_index(3, 3, 6), dropout_p=0.3),
-    case("by_row", 6, 4, s=8, s2=4, E=16, causal=True, activation="softmax_plus"),
 ]
 PACKED_BEHAVIOUR = case("packed", 11, 4, B=1, s=8, s2=4, E=8, lengths=(3, 0, 1, 7), causal=True, state=True)
 

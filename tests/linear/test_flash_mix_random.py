@@ -42,7 +42,7 @@ def mixes(draw: Any) -> Case:
     )
 
 
-@cpu_calls(mixes(), 120)
+@cpu_calls(mixes(), 80)
 def test_cpu(of: Case, dtype: torch.dtype, threads: int) -> None:
     check_on_cpu(accel.flash_mix, of, dtype, threads)
 
