@@ -98,13 +98,17 @@ def _cosformer(x: Tensor, places: Tensor, max_length: int) -> Tensor:
 
 
 def _performer(x: Tensor, projection: Tensor, seen: Tensor | None, *, by_row: bool) -> Tensor:
-    """FAVOR+: M^−½ (exp(ω·x̂ − |x̂|²/2 − c) + 1e-4) of x̂ = x·D^−¼; c is the largest ω·x̂ of the row, or of all tokens."""
-    scaled = x * x.shape[-1] ** -0.25
-    along = scaled @ projection.t()
+    """FAVOR+: M^−½ (exp(ω·x̂ − |x̂|²/2 − c) + 1e-4) of x̂ = x·D^−¼; c is the largest ω·x̂ of the row, or of all tokens.
+
+    All factors go into what has a number a token, or into the projection: each pass over the features takes as long as
+    the kernel behind them.
+    """
+    features, size = projection.shape
+    along = x @ (projection * size**-0.25).t()
     if along.numel() == 0:
         return along
     shown = along.detach() if seen is None else along.detach().masked_fill(~seen, -math.inf)
     largest = shown.amax(-1, keepdim=True) if by_row else shown.amax((-1, -2), keepdim=True)
     largest = torch.where(largest == -math.inf, 0.0, largest)
-    exponent = along - 0.5 * scaled.square().sum(-1, keepdim=True) - largest
-    return (torch.exp(exponent) + 1e-4) * projection.shape[0] ** -0.5
+    less = x.square().sum(-1, keepdim=True) * (0.5 * size**-0.5) + (largest + 0.5 * math.log(features))
+    return torch.exp(along - less) + 1e-4 * features**-0.5
