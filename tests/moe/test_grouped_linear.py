@@ -182,7 +182,7 @@ BAD = [
     Bad("too far", ValueError, r"within the 5 rows of x, got offsets\[2\]=6", {"offsets": torch.tensor([0, 2, 6])}),
     Bad("bias", ValueError, r"\(X, O\) = \(2, 3\), got .*\(3, 2\)", {"bias": zeros(3, 2)}),
     Bad("device", ValueError, "weight is on meta but x is on cpu", {"weight": zeros(2, 3, 4, device="meta")}),
-    Bad("backend", ValueError, "no backend 'gluon'; it has cpu", {"backend": "gluon"}),
+    Bad("backend", ValueError, "no backend 'gluon'; it has torch, cpu", {"backend": "gluon"}),
 ]
 
 
