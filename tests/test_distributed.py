@@ -66,7 +66,7 @@ def rank_main(rank, size, file):
 
 
 def elsewhere(rank, size):
-    """Choices of no expert, all on one expert, and frozen experts."""
+    """Choices of no expert, all on one expert, frozen experts, and a capacity that drops nothing."""
     torch.manual_seed(1)
     whole = accel.nn.Experts(X, C, I)
     spread = expert_parallel(copy.deepcopy(whole), init_device_mesh("cpu", (size,)))
@@ -79,6 +79,9 @@ def elsewhere(rank, size):
     want = x.clone().requires_grad_()
     whole(want, indices, weights).sum().backward()
     close(leaf.grad, want.grad)
+    capacious = accel.nn.MoE(C, I, X, K, capacity_factor=100.0)  # which counts the experts of all processes
+    want = capacious(x)
+    close(expert_parallel(capacious, init_device_mesh("cpu", (size,)))(x), want)
 
 
 def refused(size):

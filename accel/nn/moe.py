@@ -61,7 +61,8 @@ class Experts(nn.Module):
             return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
 
         self.gate_up_proj, self.down_proj = made(rows, embed_dim), made(embed_dim, inner_dim)
-        self.gate_up_bias, self.down_bias = (made(rows), made(embed_dim)) if bias else (None, None)
+        self.gate_up_bias: nn.Parameter | None = made(rows) if bias else None
+        self.down_bias: nn.Parameter | None = made(embed_dim) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -248,17 +249,17 @@ class MoE(nn.Module):
         if self.balance is not None:
             self.balance(indices)
         if self.capacity_factor is not None:
-            indices = self._within_capacity(routing, indices)
+            indices = self._within_capacity(routing, indices, self.capacity_factor)
         out = self.experts(tokens, indices, routing.weights)
         if self.shared is not None:
             out = out + self.shared(tokens)
         out = out.view(x.shape)
         return (out, routing) if return_routing else out
 
-    def _within_capacity(self, routing: Routing, indices: Tensor) -> Tensor:
+    def _within_capacity(self, routing: Routing, indices: Tensor, factor: float) -> Tensor:
         """``indices`` with −1 in place of what an expert has no room for."""
-        experts = self.experts.num_experts
-        capacity = math.ceil(self.capacity_factor * indices.shape[0] * self.top_k / experts)
+        experts = self.router.out_features  # of all processes, where they are spread
+        capacity = math.ceil(factor * indices.shape[0] * self.top_k / experts)
         tokens = routing.logits.detach()[:, :1]  # of which the rows are of no interest
         _, plan = moe_permute(tokens, indices, experts, weights=routing.weights, capacity=capacity, drop="score")
         return torch.where(plan.destination < 0, -1, indices)

@@ -59,9 +59,9 @@ def experts_with_lora(args: Any, lora: tuple[Lora | None, Lora | None], backend:
         out = grouped_linear(rows, weight, offsets, bias, transposed=args.transposed, backend=backend)
         if adapter is None:
             return out
-        a, b, scale = [w.to(rows.dtype) if isinstance(w, Tensor) else w for w in adapter]
-        narrow = grouped_linear(rows, a, offsets, backend=backend)
-        beside = grouped_linear(narrow * scale, b, offsets, backend=backend)
+        a, b, scale = adapter
+        narrow = grouped_linear(rows, a.to(rows.dtype), offsets, backend=backend)
+        beside = grouped_linear(narrow * scale, b.to(rows.dtype), offsets, backend=backend)
         return out.to(inner) + beside.to(inner)  # rounded once, behind the activation or the sum over choices
 
     inner = inner_dtype(args.x)
