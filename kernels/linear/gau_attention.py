@@ -71,12 +71,14 @@ def _blocks(mode: str, args: Args) -> _Blocks:
     elif args.q.dtype == torch.float16:  # whose operands are TF32
         found = _Blocks(Tile(32, 64, 8, 1), 64) if mode == "grad_k" and not wide else _Blocks(Tile(32, 32, 8, 1), 64)
     elif products:
-        few = mode == "grad_k" and args.activation in BY_ROW  # numbers of each row take registers of their own
+        few = mode == "grad_k" and (args.activation in BY_ROW or weight_of_a_logit(args) > 0)
         found = _Blocks(Tile(32, 32, 8, 1) if wide else Tile(32 if few else 64, 64, 8, 2), 64)
     elif wide:
         found = _Blocks(Tile(64, 32, 8, 2), 128) if mode == "out" else _Blocks(Tile(32, 64, 8, 1), 128)
     elif mode == "out" and not heavy:
         found = _Blocks(Tile(128, 64, 8, 3), 128)
+    elif mode == "grad_v" and weight_of_a_logit(args) > 0:
+        found = _Blocks(Tile(32, 64, 8, 2), 128)
     else:
         found = _Blocks(Tile(64, 64, 8, 2), 128)
     tile = found.tile.within(args.q.shape[2], args.k.shape[2])
