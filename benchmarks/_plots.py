@@ -14,6 +14,7 @@ from accel.benchmarks._results import Results
 from accel.benchmarks._tables import speedups
 from accel.benchmarks.goals import concerns, geometric_mean
 from accel.benchmarks.harness import OURS, Row
+from accel.benchmarks.moe_training import Course
 
 INK = "#123456"  # stands for the page's text colour in a picture; replaced by currentColor
 COLORS = {
@@ -29,6 +30,8 @@ COLORS = {
     "transformers": "#b5651d",
     "core stubbed out": "#b9a3e3",
 }
+BALANCE = ("#8a94a3", "#2f6fde", "#1f9d6b", "#e08a1e", "#c2477f")
+"""Of trainings, in their order."""
 GOAL = "#d6336c"
 
 
@@ -82,10 +85,11 @@ def pictures(results: Results) -> list[str]:
             parts.append("<h3>Language models</h3>" + _figure(plt, _language(plt, results.language), caption))
         if results.balance:
             caption = (
-                "Small models of the bytes of Python’s standard library, whose blocks hold 8 experts of which a byte "
-                "has 2, by what keeps their load even. Thin: each step; thick: a running mean. A load of 1 is even."
+                "One small model of experts on the same windows of the same text, with each way to keep its experts "
+                "busy alike; what is written beside the names is the end. The loads of the experts are those of the "
+                "first layer over the last tenth of the steps. Running means."
             )
-            parts.append("<h3>Load of experts</h3>" + _figure(plt, _balance(plt, results.balance), caption))
+            parts.append("<h3>Experts kept busy alike</h3>" + _figure(plt, _balance(plt, results.balance), caption))
         if results.curves is not None:
             caption = (
                 "A small Swin trained on scikit-learn’s digits. Below, how far each run lies from the unpatched one; "
@@ -190,33 +194,41 @@ def _by_length(plt: Any, rows: list[Row]) -> Any | None:
     return figure
 
 
-def _line(panel: Any, name: str, line: Sequence[float], **color: Any) -> None:
-    """Each step thin, and a running mean."""
-    steps, near = range(1, len(line) + 1), max(1, len(line) // 20)
-    means = [sum(line[max(0, i - near) : i]) / min(i, near) for i in steps]
-    panel.plot(steps, line, linewidth=0.6, alpha=0.45, **color)
-    panel.plot(steps, means, linewidth=1.8, label=f"{name}: {means[-1]:.2f} at the end", **color)
-
-
-def _balance(plt: Any, curves: dict[str, dict[str, list[float]]]) -> Any:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    labels = {"loss": "loss, nats a byte", "imbalance": "largest load over the mean one"}
-    for panel, (what, label) in zip(panels, labels.items(), strict=True):
-        for i, (name, curve) in enumerate(curves.items()):
-            _line(panel, name, curve[what], color=f"C{i}")
-        panel.set_xlabel("step")
-        panel.set_ylabel(label)
-        panel.legend()
-    return figure
+def _smooth(line: Sequence[float]) -> list[float]:
+    """A running mean over a twentieth of it."""
+    near = max(1, len(line) // 20)
+    return [sum(line[max(0, i - near) : i]) / min(i, near) for i in range(1, len(line) + 1)]
 
 
 def _language(plt: Any, losses: dict[str, list[float]]) -> Any:
     figure, panel = plt.subplots(figsize=(11, 4), layout="constrained")
     for (name, line), provider in zip(losses.items(), (OURS, "softmax"), strict=False):
-        _line(panel, name, line, color=COLORS[provider])
+        steps, means = range(1, len(line) + 1), _smooth(line)
+        panel.plot(steps, line, color=COLORS[provider], linewidth=0.6, alpha=0.45)
+        panel.plot(steps, means, color=COLORS[provider], linewidth=1.8, label=f"{name}: {means[-1]:.2f} at the end")
     panel.set_xlabel("step")
     panel.set_ylabel("loss, nats a byte")
     panel.legend()
+    return figure
+
+
+def _balance(plt: Any, courses: dict[str, Course]) -> Any:
+    figure, (losses, load, shares) = plt.subplots(1, 3, figsize=(11, 4), width_ratios=(2, 2, 1.2), layout="constrained")
+    for (name, course), color in zip(courses.items(), BALANCE, strict=False):
+        loss, uneven = _smooth(course.losses), _smooth(course.imbalance)
+        steps = range(1, len(loss) + 1)
+        losses.plot(steps, loss, color=color, linewidth=1.4, label=f"{name}: {loss[-1]:.2f}")
+        load.plot(steps, uneven, color=color, linewidth=1.4, label=f"{name}: {uneven[-1]:.2f}")
+        shares.plot(range(1, len(course.load) + 1), [100 * x for x in course.load], "o-", color=color, markersize=3.5)
+    losses.set_title("loss, nats a byte")
+    load.set_title("largest load over the mean")
+    shares.set_title("load of the experts, %")
+    for panel, label in ((losses, "step"), (load, "step"), (shares, "experts, the busiest first")):
+        panel.set_xlabel(label)
+    load.set_ylim(1, 1.35 * load.get_ylim()[1])  # room for the names
+    shares.set_ylim(bottom=0)
+    losses.legend()
+    load.legend()
     return figure
 
 

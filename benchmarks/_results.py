@@ -19,6 +19,7 @@ from accel.benchmarks._machine import LEVEL
 from accel.benchmarks.goals import Goal, Verdict, concerns, fitting, kinds, reach
 from accel.benchmarks.harness import Row, to_json
 from accel.benchmarks.models import Curves
+from accel.benchmarks.moe_training import Course
 
 COPY, MULTIPLY, MATMUL = (
     "copy bytes per second by bytes moved",
@@ -39,7 +40,7 @@ class Results:
     values: dict[str, float] = field(default_factory=dict)
     curves: Curves | None = None
     language: dict[str, list[float]] = field(default_factory=dict)  # losses of language models, a step, by name
-    balance: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # losses and loads of experts, by method
+    balance: dict[str, Course] = field(default_factory=dict)  # trainings of experts, by what balanced them
     notes: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)  # by name, for want of time
     finished: bool = False
@@ -93,7 +94,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "values": {name: to_json(value) for name, value in results.values.items()},
         "curves": curves,
         "language": results.language,
-        "balance": results.balance,
+        "balance": {name: dataclasses.asdict(course) for name, course in results.balance.items()},
         "notes": results.notes,
         "not run": results.not_run,
     }
@@ -143,7 +144,7 @@ def load(folders: Sequence[Path], goals: Sequence[Goal]) -> Results:
         results.values.update(data.get("values", {}))
         results.curves = _fitting(Curves, data["curves"]) if data["curves"] else results.curves
         results.language = data.get("language") or results.language
-        results.balance = data.get("balance") or results.balance
+        results.balance.update({name: _fitting(Course, plain) for name, plain in data.get("balance", {}).items()})
         results.notes += [note for note in data["notes"] if note not in results.notes]
         results.not_run += data.get("not run", [])
     results.rows = list(rows.values())

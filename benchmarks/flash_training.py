@@ -247,7 +247,7 @@ def train(
     tick: Callable[[], None],
     beside: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> list[float]:
-    """Losses a step; ``beside`` is added to each for the gradient alone, and ``tick`` is called behind each step."""
+    """Losses a step, in nats a byte. What ``beside`` gives after each forward is added to what is minimised."""
     windows = _windows(data, text, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=text.rate, weight_decay=0.01)
     warm = max(1, text.steps // 10)

@@ -2,8 +2,10 @@
 
 Rivals are transformers' own: ``grouped_mm`` (its default, torch's grouped products), ``batched_mm`` and ``eager``, its
 loop over experts. The projections are cold, as they are in a model whose layers take turns. ``even`` is ours on tokens
-that are spread evenly, beside a row in which half of them meet one expert. ``merged`` is ours with adapters of low rank
-added to the frozen projections at every call, as PEFT does, beside a row in which their products stand beside.
+that are spread evenly, beside a row in which half of them meet one expert. ``routing`` is what comes before and behind
+them, the choice of experts and the tokens sorted by them and brought back, by our ops alone: a yardstick, of which the
+layer has no need. ``merged`` is ours with adapters of low rank added to the frozen projections at every call, as PEFT
+does, beside a row in which their products stand beside.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short, Unavaila
 from accel.ops.moe.moe_experts import OP
 
 NAME = "moe_experts"
-PROVIDERS = ("accel", "even", "merged", "grouped_mm", "batched_mm", "eager")
+PROVIDERS = ("accel", "even", "routing", "merged", "grouped_mm", "batched_mm", "eager")
 RIVALS = ("grouped_mm", "batched_mm", "eager")
 
 
@@ -101,6 +103,19 @@ def ours(shape: Shape, **how: Any) -> Function:
     return function
 
 
+def routing(shape: Shape, backend: str | None = None) -> Function:
+    """The choice of experts by the logits of a router, and the tokens sorted by them and summed with its weights."""
+    generator = torch.Generator().manual_seed(shape.tokens)
+    logits = torch.rand(shape.tokens, shape.experts, generator=generator)
+
+    def function(x: Tensor, *others: Tensor) -> Tensor:
+        weights, indices = accel.moe_route(logits.to(x.device), shape.choices, backend=backend)
+        rows, plan = accel.moe_permute(x, indices, shape.experts, backend=backend)
+        return accel.moe_unpermute(rows, plan, weights, backend=backend)
+
+    return function
+
+
 def _module(shape: Shape, gate_up: Tensor, down: Tensor) -> Any:
     """What transformers' functions read of a module."""
 
@@ -163,6 +178,8 @@ def _case(shape: Shape, device: str, dtype: torch.dtype, modes: Sequence[str]) -
     if shape.skewed:
         even = replace(shape, skewed=False)
         providers.append(Provider("even", lambda: ours(even), _backend(even), ours(even, backend="reference")))
+    if shape.tokens >= 512 and not shape.skewed:
+        providers.append(Provider("routing", lambda: routing(shape), computes=routing(shape, "reference")))
     providers += [Provider(name, functools.partial(theirs, shape, name)) for name in rivals(shape.tokens)]
     return Case(
         op=NAME,
@@ -312,6 +329,9 @@ def _goals() -> Iterator[Goal]:
     for dtype in ("fp32", "bf16"):
         where = {"group": "Qwen3-like", "dtype": dtype, "mode": "forward", "variant": "T 512, half on one"}
         yield Goal(f"half of the tokens on one expert, {dtype}", NAME, "speedup", "cpu", where, "even", at_least=0.8)
+        where = {**where, "variant": "T 512"}
+        name = f"routing and permutation of 512 tokens beside their experts, {dtype}"
+        yield Goal(name, NAME, "speedup", "cpu", where, "routing", at_most=0.05)
     where = {"group": "Qwen3-like", "dtype": "bf16", "mode": BOTH, "variant": f"T 512, LoRA {RANK}"}
     yield Goal("LoRA, against weights that it is merged into", NAME, "speedup", "cpu", where, "merged", at_least=1.2)
     where = {"group": "Qwen3-like", "dtype": "bf16", "mode": BOTH, "variant": "T 512"}

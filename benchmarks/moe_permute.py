@@ -1,13 +1,15 @@
-"""Tokens to their experts and back: rows, rivals, costs and goals.
+"""Tokens sorted by expert and back: rows, rivals, costs and goals.
 
-A call sorts the tokens by expert and brings them back, weighed; ``grouped_mm`` is how transformers does it around its
-grouped products. The rows of ``routed`` also choose the experts, beside the layer that this is for: ``layer`` is
-``moe_experts`` on the same choice, of which routing and permutation should be a small part.
+``eager`` is what transformers' grouped experts do in plain torch: a sort, a gather of the tokens; then the inverse of
+the permutation, a gather of the results, a product and a sum. It makes no counts and no way back while it sorts: for
+few tokens, where a call is what costs, it has less to do.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,140 +19,161 @@ import accel
 from accel import dispatch
 from accel.benchmarks.goals import Goal
 from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short
-from accel.benchmarks.moe_experts import BOTH, Function, Shape, mixtral, qwen3
 from accel.ops.moe.moe_permute import OP
+from accel.ops.moe.moe_unpermute import OP as UNPERMUTE
+from accel.ops.moe.plan import Plan
 
 NAME = "moe_permute"
-PROVIDERS = ("accel", "grouped_mm", "layer")
+PROVIDERS = ("accel", "eager")
+BOTH = "forward+backward"
+THERE, BACK = "permute", "unpermute"
+TOP_K = 8
+Function = Callable[..., Tensor]
 
 
-def ours(shape: Shape, **how: Any) -> Function:
-    def function(x: Tensor, weights: Tensor, *rest: Tensor) -> Tensor:
-        rows, plan = accel.moe_permute(x, shape.indices.to(x.device), shape.experts, **how)
-        return accel.moe_unpermute(rows, plan, weights, **how)
+@dataclass(frozen=True)
+class Shape:
+    tokens: int
+    channels: int
+    experts: int
 
-    return function
+    @property
+    def variant(self) -> str:
+        return f"T {self.tokens}, {self.experts} experts"
+
+    def __str__(self) -> str:
+        return f"T{self.tokens} C{self.channels} X{self.experts} K{TOP_K}"
 
 
-def grouped_mm(shape: Shape) -> Function:
-    """What stands around the products in transformers' ``grouped_mm_experts_forward``."""
+def cost(shape: Shape, group: str, mode: str, itemsize: int) -> Cost:
+    """A pass reads or writes each token once and each of its rows once; so does the backward of either, but that the
+    gradient of weights needs the results and the gradient of rows: K more rows."""
+    token = shape.tokens * shape.channels * itemsize
+    plan = shape.tokens * TOP_K * 8
+    one, sums = (TOP_K + 1) * token, 2 * shape.tokens * TOP_K * shape.channels
+    if group == THERE:  # indices are read; source and destination written, the latter read again
+        forward = Cost(0, one + 3 * plan)
+        return forward if mode == "forward" else Cost(sums // 2, 2 * one + 4 * plan)
+    forward = Cost(sums, one + plan + plan // 2)
+    return forward if mode == "forward" else Cost(2 * sums + sums // 2, 2 * one + TOP_K * token + 4 * plan)
 
-    def function(x: Tensor, weights: Tensor, *rest: Tensor) -> Tensor:
-        experts = shape.indices.to(x.device).flatten()
-        order = experts.argsort()
-        sorted_ = experts[order].to(torch.float32 if x.device.type == "cpu" else torch.int32)
-        counts = sorted_.histc(bins=shape.experts, min=0, max=shape.experts - 1)
-        counts.cumsum(0, dtype=torch.int32)
-        rows = x[order // shape.choices] * weights.flatten()[order, None]
+
+# --- what is computed ---
+
+
+@functools.cache
+def indices_of(shape: Shape, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(shape.tokens)
+    return torch.rand(shape.tokens, shape.experts, generator=generator).topk(TOP_K).indices.to(device)
+
+
+@functools.cache
+def plan_of(shape: Shape, device: torch.device) -> Plan:
+    tokens = torch.zeros(shape.tokens, 1, device=device)
+    return accel.moe_permute(tokens, indices_of(shape, device), shape.experts)[1]
+
+
+def permute(shape: Shape, **how: Any) -> Function:
+    return lambda x: accel.moe_permute(x, indices_of(shape, x.device), shape.experts, **how)[0]
+
+
+def eager_permute(shape: Shape) -> Function:
+    return lambda x: x.index_select(0, indices_of(shape, x.device).flatten().argsort(stable=True) // TOP_K)
+
+
+def unpermute(shape: Shape, **how: Any) -> Function:
+    return lambda y, weights: accel.moe_unpermute(y, plan_of(shape, y.device), weights, **how)
+
+
+def eager_unpermute(shape: Shape) -> Function:
+    def function(y: Tensor, weights: Tensor) -> Tensor:
+        order = plan_of(shape, y.device).source
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.shape[0], device=x.device)
-        return rows[inverse].view(shape.tokens, shape.choices, -1).sum(1)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        picked = y[inverse].view(*weights.shape, -1) * weights[..., None].to(y.dtype)
+        return picked.sum(1)
 
     return function
 
 
-def routed(shape: Shape, **how: Any) -> Function:
-    def function(x: Tensor, logits: Tensor, *rest: Tensor) -> Tensor:
-        weights, indices = accel.moe_route(logits, shape.choices, **how)
-        rows, plan = accel.moe_permute(x, indices, shape.experts, **how)
-        return accel.moe_unpermute(rows, plan, weights, **how)
-
-    return function
-
-
-def layer(shape: Shape, **how: Any) -> Function:
-    """The experts themselves, on a choice that is at hand."""
-
-    def function(x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        weights = logits.softmax(-1)[:, : shape.choices]
-        return accel.moe_experts(x, shape.indices.to(x.device), weights, gate_up, down, **how)
-
-    return function
-
-
-def _inputs(shape: Shape, device: str, dtype: torch.dtype, whole: bool) -> Callable[..., tuple[Tensor, ...]]:
+def _inputs(shape: Shape, group: str, device: str, dtype: torch.dtype) -> Callable[..., tuple[Tensor, ...]]:
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
-        def normal(*size: int) -> Tensor:
-            return torch.randn(size, generator=generator, device=device)
-
-        x = normal(shape.tokens, shape.channels).to(dtype)
-        if not whole:
-            return x, normal(shape.tokens, shape.choices).softmax(-1)
-        order = torch.rand(shape.tokens, shape.experts, generator=generator, device=device).argsort(-1)
-        gate_up = normal(shape.experts, 2 * shape.inner, shape.channels) * shape.channels**-0.5
-        down = normal(shape.experts, shape.channels, shape.inner) * shape.inner**-0.5
-        return x, order.float() / shape.experts * 8 - 4, gate_up.to(dtype), down.to(dtype)
+        rows = shape.tokens * (1 if group == THERE else TOP_K)
+        x = torch.randn(rows, shape.channels, generator=generator, device=device).to(dtype)
+        if group == THERE:
+            return (x,)
+        return x, torch.rand(shape.tokens, TOP_K, generator=generator, device=device)
 
     return make
 
 
-def _cost(shape: Shape, itemsize: int, passes: int) -> Cost:
-    moved = 2 * (shape.choices + 1) * shape.tokens * shape.channels * itemsize
-    return Cost(passes * 2 * shape.indices.numel() * shape.channels, passes * moved)
+def _backend(shape: Shape, group: str) -> Callable[..., str]:
+    def there(x: Tensor) -> str:
+        return dispatch.select(OP, OP.prepare(x, indices_of(shape, x.device), shape.experts)).name
+
+    def back(y: Tensor, weights: Tensor) -> str:
+        return dispatch.select(UNPERMUTE, UNPERMUTE.prepare(y, plan_of(shape, y.device), weights)).name
+
+    return there if group == THERE else back
 
 
-def _backend(shape: Shape) -> Callable[..., str]:
-    def name(x: Tensor, *rest: Tensor) -> str:
-        return dispatch.select(OP, OP.prepare(x, shape.indices.to(x.device), shape.experts)).name
-
-    return name
-
-
-def _case(shape: Shape, device: str, dtype: torch.dtype, whole: bool) -> Case:
-    if whole:
-        function, providers = (
-            routed,
-            [Provider("layer", lambda: layer(shape), computes=layer(shape, backend="reference"))],
-        )
-    else:
-        function, providers = ours, [Provider("grouped_mm", lambda: grouped_mm(shape))]
-    costs = {"forward": _cost(shape, dtype.itemsize, 1)}
+def _case(shape: Shape, group: str, device: str, dtype: torch.dtype) -> Case:
+    mine, other = {THERE: (permute, eager_permute), BACK: (unpermute, eager_unpermute)}[group]
     return Case(
         op=NAME,
-        group=shape.group,
-        variant=f"{shape.variant}, routed" if whole else shape.variant,
+        group=group,
+        variant=shape.variant,
         shape=str(shape),
         dtype=dtype,
-        inputs=_inputs(shape, device, dtype, whole),
-        reference=function(shape, backend="reference"),
-        providers=(Provider("accel", lambda: function(shape), _backend(shape)), *providers),
-        costs=costs if whole else {**costs, BOTH: _cost(shape, dtype.itemsize, 2)},
-        family="experts",
-        cold=(2, 3) if whole else (),
+        inputs=_inputs(shape, group, device, dtype),
+        reference=mine(shape, backend="reference"),
+        providers=(
+            Provider("accel", lambda: mine(shape), _backend(shape, group)),
+            Provider("eager", lambda: other(shape)),
+        ),
+        costs={mode: cost(shape, group, mode, dtype.itemsize) for mode in ("forward", BOTH)},
+        family="softmax",
     )
 
 
+# --- all rows ---
+
+CPU = tuple([Shape(tokens, 1024, experts) for experts in (64, 256) for tokens in (1, 16, 512, 4096)])
+CUDA = tuple([Shape(tokens, 4096, 256) for tokens in (4096, 8192, 32768)])
+
+
 def cases(device: str, dtypes: Sequence[torch.dtype]) -> Iterator[Case]:
-    """All rows of the op, those that goals are about first."""
-    tokens = 512 if device == "cpu" else 32768
+    """All rows of the op."""
     for dtype in dtypes:
-        for shape in (qwen3(tokens), mixtral(tokens)):
-            yield _case(shape, device, dtype, whole=True)
-        for shape in (qwen3(16), qwen3(tokens), mixtral(tokens)):
-            yield _case(shape, device, dtype, whole=False)
+        for group in (THERE, BACK):
+            for shape in CUDA if device == "cuda" else CPU:
+                yield _case(shape, group, device, dtype)
 
 
 SHORT = Short(
-    rivals=("grouped_mm",),
-    cpu=(Pick("64 experts, 512 tokens, there and back", "Qwen3-like", "T 512", ("forward",)),),
-    cuda=(Pick("64 experts, 32768 tokens, there and back", "Qwen3-like", "T 32768", ("forward",)),),
+    rivals=("eager",),
+    cpu=(Pick("512 tokens sorted by expert", THERE, "T 512, 64 experts", ("forward",)),),
+    cuda=(Pick("8192 tokens sorted by expert", THERE, "T 8192, 256 experts", ("forward",)),),
 )
 
 GOALS = (
-    *(
+    *[
         Goal(
-            f"{group}: the layer over routing and permutation, 512 tokens, {dtype}", NAME, "speedup", "cpu",
-            {"group": group, "variant": "T 512, routed", "dtype": dtype}, "layer", at_least=20.0,
+            f"{group} of {tokens} tokens, {mode}, {dtype}, against eager", NAME, "speedup", "cpu",
+            {"group": group, "dtype": dtype, "mode": mode, "variant": f"T {tokens}, 64 experts"}, "eager",
+            at_least=1.0,
         )
-        for group in ("Qwen3-like", "Mixtral-like")
+        for group in (THERE, BACK)
+        for tokens in (512, 4096)
         for dtype in ("fp32", "bf16")
-    ),
-    *(
-        Goal(
-            f"there and back, {mode}, {dtype}", NAME, "speedup", "cpu",
-            {"group": "Qwen3-like", "variant": "T 512", "mode": mode, "dtype": dtype}, "grouped_mm", at_least=1.0,
-        )
         for mode in ("forward", BOTH)
-        for dtype in ("fp32", "bf16")
-    ),
+    ],
+    *[
+        Goal(
+            f"{group} of {tokens} tokens: 80 % of the copy bandwidth", NAME, "floor", "cuda",
+            {"group": group, "dtype": "bf16", "mode": "forward", "variant": f"T {tokens}, 256 experts"}, at_most=1.25,
+        )
+        for group in (THERE, BACK)
+        for tokens in (8192, 32768)
+    ],
 )  # fmt: skip

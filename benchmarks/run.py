@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import itertools
 import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from accel.benchmarks import _choice, _moe_training, flash_training, models, moe_experts, report
+from accel.benchmarks import _choice, flash_training, models, moe_experts, moe_training, report
 from accel.benchmarks._ceilings import measure_ceilings
 from accel.benchmarks._choice import BUDGET, FAMILIES, FAMILY, GOALS, OPS, PROVIDERS
 from accel.benchmarks._machine import LEVEL, Load, device_name, environment, pin_allocator
@@ -241,14 +243,16 @@ class Suite:
             yield Job("digits: training with and without the patch", models.NAME, 0, self._digits)
 
     def _texts(self) -> Iterator[Job]:
-        options, name = self.options, "language models of FLASH and of softmax attention"
-        wanted = options.rows is None or options.rows.search(name)
-        if options.level == "full" and flash_training.NAME in options.op and torch.float32 in options.dtypes and wanted:
-            yield Job(name, FAMILY[flash_training.NAME], 0, partial(self._language, name))
-        name = "language models of experts, by what keeps their load even"
-        wanted = options.rows is None or options.rows.search(name)
-        if options.level == "full" and moe_experts.NAME in options.op and torch.float32 in options.dtypes and wanted:
-            yield Job(name, FAMILY[moe_experts.NAME], 0, partial(self._balance, name))
+        """The small language models of a full run."""
+        known = (
+            (flash_training.NAME, "language models of FLASH and of softmax attention", self._language),
+            (moe_experts.NAME, "language models of experts, with each way to balance them", self._balance),
+        )
+        options = self.options
+        for op, name, do in known:
+            wanted = options.rows is None or options.rows.search(name)
+            if options.level == "full" and op in options.op and torch.float32 in options.dtypes and wanted:
+                yield Job(name, FAMILY[op], 0, partial(do, name))
 
     def run(self) -> int:
         terminal, results = self.terminal, self.results
@@ -325,48 +329,35 @@ class Suite:
         self._keep(rows)
 
     def _digits(self) -> None:
-        done = [0]
-
-        def tick() -> None:
-            done[0] += 1
-            self.terminal.say(f"digits: step {done[0]} of {4 * STEPS}")
-
-        try:
-            curves = models.digits(STEPS, self.options.seed, tick)
-        except UnavailableError as error:
-            self.results.notes.append(f"digits: {one_line(error)}")
-            return
-        self.results.curves = curves
-        self.results.values[models.CURVES_GOAL] = models.noise_ratio(curves)
-        save(self.results, self.out)
+        with self._noting("digits"):
+            curves = models.digits(STEPS, self.options.seed, self._ticking("digits", 4 * STEPS))
+            self.results.curves = curves
+            self.results.values[models.CURVES_GOAL] = models.noise_ratio(curves)
 
     def _language(self, label: str) -> None:
-        done = [0]
-
-        def tick() -> None:
-            done[0] += 1
-            self.terminal.say(f"{label}: step {done[0]} of {2 * TEXT.steps}")
-
-        try:
-            self.results.language = flash_training.language_models(TEXT, self.options.seed, tick)
-        except UnavailableError as error:
-            self.results.notes.append(f"{label}: {one_line(error)}")
-            return
-        save(self.results, self.out)
+        results, tick = self.results, self._ticking(label, 2 * TEXT.steps)
+        with self._noting(label):
+            results.language = flash_training.language_models(TEXT, self.options.seed, tick)
 
     def _balance(self, label: str) -> None:
-        done, every = [0], len(_moe_training.METHODS) * _moe_training.TEXT.steps
+        text = moe_training.TEXT
+        results, tick = self.results, self._ticking(label, len(moe_training.METHODS) * text.steps)
+        with self._noting(label):
+            results.balance = moe_training.train_all(text, self.options.seed, tick)
 
-        def tick() -> None:
-            done[0] += 1
-            self.terminal.say(f"{label}: step {done[0]} of {every}")
+    def _ticking(self, label: str, steps: int) -> Callable[[], None]:
+        """Says which step it is, of all."""
+        done = itertools.count(1)
+        return lambda: self.terminal.say(f"{label}: step {next(done)} of {steps}")
 
+    @contextlib.contextmanager
+    def _noting(self, label: str) -> Iterator[None]:
+        """Keep what is found inside, or note why there is nothing."""
         try:
-            found = _moe_training.balanced_models(_moe_training.TEXT, self.options.seed, tick)
+            yield
         except UnavailableError as error:
             self.results.notes.append(f"{label}: {one_line(error)}")
             return
-        self.results.balance = {name: asdict(curve) for name, curve in found.items()}
         save(self.results, self.out)
 
 
