@@ -77,7 +77,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> Tensor:
 
 
 def _case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
-    decays = torch.full((shape.heads,), LOG_DECAY, device=device)
+    def decays() -> Tensor:
+        return torch.full((shape.heads,), LOG_DECAY, device=device)
 
     def make(generator: torch.Generator) -> tuple[Tensor, ...]:
         size = (shape.batch, shape.heads, 1, shape.size)
@@ -86,7 +87,7 @@ def _case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
         return q, k, v, (k.double().transpose(-1, -2) @ v.double() / (1.0 - kept)).float()
 
     def backend(q: Tensor, k: Tensor, v: Tensor, kv: Tensor) -> str:
-        given = OP.prepare(q, k, v, (kv, None), log_decay=decays, **HOW)
+        given = OP.prepare(q, k, v, (kv, None), log_decay=decays(), **HOW)
         return dispatch.select(OP, given).name
 
     return Case(
@@ -98,8 +99,8 @@ def _case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
         inputs=make,
         reference=reference,
         providers=(
-            Provider("accel", lambda: ours(decays), backend=backend),
-            Provider("in place", lambda: in_place(decays)),
+            Provider("accel", lambda: ours(decays()), backend=backend),
+            Provider("in place", lambda: in_place(decays())),
         ),
         costs={"forward": shape.cost(dtype.itemsize)},
         family="linear",

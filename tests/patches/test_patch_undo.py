@@ -119,6 +119,8 @@ def test_ops_and_recipes_choose():
         "flash_mix",
         "gau_attention",
         "linear_attention",
+        "moe_experts",
+        "moe_route",
         "ms_deform_attn",
         "softmax_attention",
         "window_attention",
