@@ -1,5 +1,5 @@
-// Rows of tokens to rows of experts and back. A token's K rows are walked together, so that the token is read or written
-// once; sums are in fp32, in the order of k.
+// Rows of tokens to rows of experts and back. What is written is walked in order, new memory a page at a time, and what
+// is read is gathered; sums of a token's K rows are in fp32, in the order of k.
 
 #include "params.h"
 
@@ -76,21 +76,20 @@ template <typename T>
 void spread_of(const Spread& s, int64_t from, int64_t to) {
   const Params& p = s.p;
   const int64_t C = p.channels, K = p.choices;
-  for (int64_t t = from; t < to; ++t) {
-    const T* token = static_cast<const T*>(s.tokens) + t * C;
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t i = t * K + k, n = p.destination[i];
-      const bool there = n >= 0 && n < p.rows;
-      if (p.paired(i, n)) {
-        T* row = static_cast<T*>(s.rows) + n * C;
-        if (s.weights) {
-          scaled(row, token, s.weights[i], C);
-        } else {
-          std::memcpy(row, token, size_t(C) * sizeof(T));
-        }
-      }
-      if (s.products) s.products[i] = there ? product(token, static_cast<const T*>(s.y) + n * C, C) : 0.0f;
+  for (int64_t n = from; n < to; ++n) {
+    T* row = static_cast<T*>(s.rows) + n * C;
+    const int64_t i = p.source[n];
+    if (!p.paired(i, n)) {
+      std::memset(row, 0, size_t(C) * sizeof(T));
+      continue;
     }
+    const T* token = static_cast<const T*>(s.tokens) + i / K * C;
+    if (s.weights) {
+      scaled(row, token, s.weights[i], C);
+    } else {
+      std::memcpy(row, token, size_t(C) * sizeof(T));
+    }
+    if (s.products) s.products[i] = product(token, static_cast<const T*>(s.y) + n * C, C);
   }
 }
 
@@ -110,12 +109,6 @@ void spread(const Spread& s, int64_t from, int64_t to) {
     case Dtype::bf16: return spread_of<bf16>(s, from, to);
     case Dtype::f16: return spread_of<fp16>(s, from, to);
   }
-}
-
-void clear(const Spread& s, int64_t from, int64_t to) {
-  const int64_t bytes = s.p.channels * (s.p.dtype == Dtype::f32 ? 4 : 2);
-  for (int64_t n = from; n < to; ++n)
-    if (!s.p.paired(s.p.source[n], n)) std::memset(static_cast<char*>(s.rows) + n * bytes, 0, size_t(bytes));
 }
 
 }  // namespace accel::ACCEL_ISA::permuting

@@ -15,7 +15,7 @@ struct Params {
   const int64_t* source;       // (N,)
   const int64_t* destination;  // (T, K)
 
-  // Whether choice i, at row n, and row n name each other: then one worker alone writes the row, whatever the plan holds.
+  // Whether choice i, at row n, and row n name each other: then a choice has one row alone, whatever the plan holds.
   bool paired(int64_t i, int64_t n) const {
     return n >= 0 && n < rows && i >= 0 && i < tokens * choices && source[n] == i && destination[i] == n;
   }
@@ -34,13 +34,12 @@ struct Spread {
   const float* weights;  // (T, K) or null
   void* rows;            // (N, C)
   const void* y;         // (N, C), or null where no products are wanted
-  float* products;       // (T, K): of each token with the row of each choice in y
+  float* products;       // (T, K), 0 before: of each token with the row of each choice in y
 };
 
 }  // namespace accel::moe_unpermute
 
 ACCEL_DECLARE(moe_unpermute, permuting,
   void combine(const Combine& c, int64_t from, int64_t to);  // tokens
-  void spread(const Spread& s, int64_t from, int64_t to);    // tokens
-  void clear(const Spread& s, int64_t from, int64_t to);     // rows that no token writes
+  void spread(const Spread& s, int64_t from, int64_t to);    // rows; one that is of no token is 0
 )

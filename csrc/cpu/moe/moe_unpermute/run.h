@@ -58,10 +58,9 @@ inline Tensor run_spread(const Params& p, const Tensor& tokens, const OptionalTe
   Tensor rows = torch::stable::new_empty(tokens, {p.rows, p.channels});
   const Spread s{p, tokens.const_data_ptr(), data_or_null(weights), rows.mutable_data_ptr(),
                  y ? y->const_data_ptr() : nullptr, y ? products : nullptr};
+  if (y) std::fill(products, products + p.tokens * p.choices, 0.0f);
   const auto run = ACCEL_LEVEL(permuting::spread);
-  const auto clear = ACCEL_LEVEL(permuting::clear);
-  in_parts(p.tokens, p.choices * p.channels, [&](int64_t from, int64_t to) { run(s, from, to); });
-  in_parts(p.rows, 64, [&](int64_t from, int64_t to) { clear(s, from, to); });
+  in_parts(p.rows, p.channels, [&](int64_t from, int64_t to) { run(s, from, to); });
   return rows;
 }
 
