@@ -342,7 +342,15 @@ def differentiated(op: str, arguments: Iterable[Any]) -> bool:
     """Whether autograd is to record a call of the kernels of ``op``."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
     _refuse_forward_mode(op, tensors)
-    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
+    return requires_gradient(tensors)
+
+
+def requires_gradient(arguments: Iterable[Any]) -> bool:
+    """Whether a call with these has a backward. What a forward keeps for it, and what has none, is decided by this."""
+    if not torch.is_grad_enabled():
+        return False
+    compiling = torch.compiler.is_compiling()
+    return any([(_looked_at_anew(x) if compiling else x).requires_grad for x in arguments if isinstance(x, Tensor)])
 
 
 class _Once(torch.autograd.Function):

@@ -154,3 +154,35 @@ def test_compiled_a_tensor_that_was_filled_by_parts_has_its_gradient():
             torch.autograd.grad(found, k, weights)[0], torch.autograd.grad(attend(*inputs), k, weights)[0]
         )
     torch._dynamo.reset()
+
+
+def filled(x):
+    made = x.new_empty(x.shape)
+    made[..., :4].copy_(x[..., :4])
+    made[..., 4:].copy_(x[..., 4:])
+    return made
+
+
+def normal(*size):
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+HEADS, TOKENS, CHOICES = normal(1, 2, 5, 8), normal(2, 5, 8), torch.tensor([[0, 1], [2, 0]])
+EXPERTS = (normal(2, 2), normal(3, 12, 8), normal(3, 8, 6))
+KEEPING = {
+    "linear_attention": (HEADS, lambda k: accel.linear_attention(HEADS, k, HEADS, causal=True)),
+    "gau_attention": (HEADS, lambda gate: accel.gau_attention(HEADS, HEADS, HEADS, gate)),
+    "flash_mix": (TOKENS, lambda gate: accel.flash_mix(*[TOKENS] * 5, gate, chunk_size=4, causal=True)),
+    "moe_experts": (normal(2, 8), lambda x: accel.moe_experts(x, CHOICES, *EXPERTS)),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_compiled_what_only_a_backward_reads_is_kept_for_such_a_tensor(name):
+    value, call = KEEPING[name]
+    leaf = value.clone().requires_grad_()
+    expected = torch.autograd.grad(call(filled(leaf)).square().sum(), leaf)[0]
+    torch._dynamo.reset()
+    found = torch.compile(lambda x: call(filled(x)), fullgraph=True, backend="eager")(leaf)
+    assert torch.equal(torch.autograd.grad(found.square().sum(), leaf)[0], expected)
+    torch._dynamo.reset()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accel import library
 from accel.backends import inner_dtype
 from accel.ops.linear.linear_attention_step import linear_attention_step
 from accel.patches.entry import Entry, why_not_version
@@ -27,10 +28,6 @@ def _why_not_lightning_call(module: Any, hidden_states: Tensor, cache: Any = Non
     return None if hidden_states.dim() == 3 and hidden_states.numel() else "there are no tokens to attend to"
 
 
-def _differentiated(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any([x.requires_grad for x in tensors])
-
-
 def _lightning(
     module: Any,
     attend: Callable[..., Any],
@@ -47,7 +44,7 @@ def _lightning(
     q, k, v = heads.split(module.head_dim, -1)
     before = None if cache is None else cache.get_linear_cache(module.layer_idx)
     how: dict[str, Any] = {"feature_map": "identity", "normalize": False, "log_decay": -module.slope_rate.flatten()}
-    if before is not None and q.shape[2] == 1 and not _differentiated(q, before):
+    if before is not None and q.shape[2] == 1 and not library.requires_gradient([q, before]):
         state = before.to(inner_dtype(q), copy=True)  # the class leaves the old one as it was
         out = linear_attention_step(q, k, v, (state, None), **how)
     else:

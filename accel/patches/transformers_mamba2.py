@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from accel import library
 from accel.patches.entry import Function
 
 FAMILIES = ("mamba2", "bamba", "zamba2", "falcon_h1", "nemotron_h", "granitemoehybrid")
@@ -101,7 +102,7 @@ def _why_not_update(
     if state.dtype != torch.float32:
         return f"its state is {state.dtype}, and that of the op is torch.float32"
     tensors = [state, hidden_states, dt, A, B, dt_bias, *given.values()]
-    if torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in tensors]):
+    if library.requires_gradient(tensors):
         return "a gradient is asked for, and the op has none"
     if hidden_states.dim() != 3 or state.numel() == 0 or B.shape[1] == 0 or state.shape[1] % B.shape[1]:
         return f"there is nothing to divide: {tuple(state.shape)}, {tuple(hidden_states.shape)}, {tuple(B.shape)}"

@@ -316,7 +316,7 @@ def _prepare(
         by_length=lin_scale is None and not causal,
         dropout_p=float(dropout_p),
         return_state=bool(return_state),
-        keep_sums=bool(gates) and gates[0].requires_grad and torch.is_grad_enabled(),
+        keep_sums=library.requires_gradient(gates),
     )
 
 

@@ -222,7 +222,7 @@ def _prepare(
         activation=activation,
         scale=(q.shape[3] ** -0.5 if q.shape[3] else 1.0) if scale is None else float(scale),
         dropout_p=float(dropout_p),
-        keep_sums=gate is not None and gate.requires_grad and torch.is_grad_enabled(),
+        keep_sums=library.requires_gradient([gate]),
         **pairs._asdict(),
     )
 

@@ -362,8 +362,8 @@ def linear_attention(
         position=position,
         eps=eps,
     )
-    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in args[:6]])
-    out, kv, k_sum, _ = _run(args._replace(keep=keep), backend, 3 if return_state else 1)
+    args = args._replace(keep=library.requires_gradient(args[:6]))
+    out, kv, k_sum, _ = _run(args, backend, 3 if return_state else 1)
     return (out, (kv, k_sum if args.normalize else None)) if return_state else out
 
 
