@@ -112,7 +112,7 @@ def test_a_wrong_attention_is_seen(monkeypatch):
 def test_a_bias_from_a_table_is_never_written_out(name, monkeypatch):
     make, inputs, _ = MODELS[name]
     model = randomize(make())
-    accel.patch(model)
+    report = accel.patch(model)
 
     def dense(self):
         raise AssertionError(f"{self} was written out")
@@ -120,14 +120,16 @@ def test_a_bias_from_a_table_is_never_written_out(name, monkeypatch):
     monkeypatch.setattr(LazyBias, "dense", dense)
     monkeypatch.setattr(MaskRule, "dense", dense)
     gradients(model, inputs)
+    assert not report.uncalled()
 
 
 def test_a_padded_causal_batch_needs_no_dense_mask(monkeypatch):
     model = randomize(qwen3())
-    accel.patch(model)
+    report = accel.patch(model)
     monkeypatch.setattr(MaskRule, "dense", lambda self: pytest.fail("the mask was written out"))
     monkeypatch.setattr(masking_utils, "sdpa_mask", lambda *args, **kwargs: pytest.fail("the mask was written out"))
     model(**text(LEFT))
+    assert not report.uncalled()
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-OSS", "Gemma2", "T5"])

@@ -5,7 +5,6 @@ Tokens are sorted and brought back by our own kernels, and the activation is pla
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -92,16 +91,11 @@ def why_not_experts(args: Any) -> str | None:
     return _why_not(weights, biases, args.indices.numel())
 
 
-def _activation(args: Any) -> ExpertActivation:
-    return ExpertActivation(args.function, args.alpha, None if args.limit == math.inf else args.limit, args.shift)
-
-
 def _activated(hidden: Tensor, args: Any) -> Tensor:
-    activation = _activation(args)
-    if activation == ExpertActivation("silu") and args.gated and not args.interleaved:
+    if args.activation == ExpertActivation("silu") and args.gated and not args.interleaved:
         gate, up = hidden.chunk(2, -1)
         return F.silu(gate) * up  # in fp32 inside
-    return activate(hidden.float(), activation, args.gated, args.interleaved).to(hidden.dtype)
+    return activate(hidden.float(), args.activation, args.gated, args.interleaved).to(hidden.dtype)
 
 
 def experts_forward(args: Any) -> tuple[Tensor, Tensor]:
@@ -123,7 +117,7 @@ def experts_backward(grad: Tensor, hidden: Tensor, args: Any, needs: list[bool])
         behind = _product(into_rows, _turned(args.down_proj, args.transposed), offsets).float()
     with torch.enable_grad():
         inside = hidden.float().requires_grad_()
-        made = activate(inside, _activation(args), args.gated, args.interleaved)
+        made = activate(inside, args.activation, args.gated, args.interleaved)
     if needs[1] and behind is not None:
         each = args.weights.new_zeros(args.weights.numel())
         found[1] = each.index_add_(0, plan.source[there], (made.detach() * behind).sum(-1)[there]).view_as(args.weights)

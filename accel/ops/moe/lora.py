@@ -11,7 +11,7 @@ from torch import Tensor
 
 from accel import backends, library
 from accel.backends import inner_dtype
-from accel.ops.moe.activations import ExpertActivation, activate
+from accel.ops.moe.activations import activate
 from accel.ops.moe.grouped_linear import grouped_linear
 from accel.ops.moe.moe_permute import moe_permute
 from accel.ops.moe.moe_unpermute import moe_unpermute
@@ -65,12 +65,10 @@ def experts_with_lora(args: Any, lora: tuple[Lora | None, Lora | None], backend:
         return out.to(inner) + beside.to(inner)  # rounded once, behind the activation or the sum over choices
 
     inner = inner_dtype(args.x)
-    limit = None if args.limit == math.inf else args.limit
-    activation = ExpertActivation(args.function, args.alpha, limit, args.shift)
     with library.without_autocast(args.x):
         rows, plan = moe_permute(args.x, args.indices, args.gate_up_proj.shape[0])
         offsets = plan.offsets
         hidden = layer(rows, args.gate_up_proj, args.gate_up_bias, lora[0])
-        made = activate(hidden.to(inner), activation, args.gated, args.interleaved).to(args.x.dtype)
+        made = activate(hidden.to(inner), args.activation, args.gated, args.interleaved).to(args.x.dtype)
         out = moe_unpermute(layer(made, args.down_proj, args.down_bias, lora[1]), plan, args.weights)
         return out.to(args.x.dtype)

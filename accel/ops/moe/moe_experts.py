@@ -37,6 +37,10 @@ class Args(NamedTuple):
     keep: bool  # whether a backward will want the first product
 
     @property
+    def activation(self) -> ExpertActivation:
+        return ExpertActivation(self.function, self.alpha, None if self.limit == math.inf else self.limit, self.shift)
+
+    @property
     def inner(self) -> int:
         return self.down_proj.shape[1 if self.transposed else 2]
 
@@ -52,15 +56,14 @@ def reference(*given: Any) -> tuple[Tensor, Tensor]:
     """The op in plain torch, fp32 or fp64 inside, expert by expert; the second output stays empty."""
     args = Args(*given)
     inner, experts = inner_dtype(args.x), args.gate_up_proj.shape[0]
-    limit = None if args.limit == math.inf else args.limit
-    activation = ExpertActivation(args.function, args.alpha, limit, args.shift)
     first, second = [
         (w if args.transposed else w.transpose(1, 2)).to(inner) for w in (args.gate_up_proj, args.down_proj)
     ]
     order, offsets, here = sort_choices(args.indices, experts)
     rows = args.x.to(inner)[order // max(args.indices.shape[1], 1)]
     hidden = grouped_product(rows, first, args.gate_up_bias, offsets)
-    made = grouped_product(activate(hidden, activation, args.gated, args.interleaved), second, args.down_bias, offsets)
+    active = activate(hidden, args.activation, args.gated, args.interleaved)
+    made = grouped_product(active, second, args.down_bias, offsets)
     out = add_up_choices(made, args.weights, order, here)
     return out.to(args.x.dtype), args.x.new_empty(0)
 
@@ -189,7 +192,7 @@ def _prepare(
         gated=bool(gated),
         interleaved=bool(gated) and layout == "interleaved",
         transposed=bool(transposed),
-        keep=torch.is_grad_enabled() and any([w is not None and w.requires_grad for w in main]),
+        keep=library.requires_gradient(main),
     )
 
 
