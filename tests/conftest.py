@@ -9,6 +9,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Scratch of the C++ kernels begins as NaN, so that a place that is read before it was written fails every time.
+os.environ.setdefault("ACCEL_NAN_SCRATCH", "1")
+
 from accel.benchmarks._torchvision import allow_import
 
 with contextlib.suppress(ModuleNotFoundError):  # tests of torchvision's models say themselves that it is missing

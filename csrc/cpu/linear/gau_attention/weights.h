@@ -139,7 +139,9 @@ bool pack_panel_pairs(const T* src, const T* mul, float* dst, float* rest, int n
       }
       finite &= bool(std::isfinite(to_float(to[d])));
     }
-    std::memset(to + n, 0, size_t(2 * vectors((n + 1) / 2) - n) * sizeof(T));
+    const size_t behind = size_t(2 * vectors((n + 1) / 2) - n) * sizeof(T);
+    std::memset(to + n, 0, behind);
+    if (small) std::memset(small + n, 0, behind);
   }
   if (finite) return true;
   for (int c = 0; c < n; ++c)
