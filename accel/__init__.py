@@ -11,6 +11,8 @@ from accel.ops.boxes.ps_roi_pool import ps_roi_pool
 from accel.ops.deformable.deform_attention2d import deform_attention2d
 from accel.ops.deformable.deform_conv2d import deform_conv2d
 from accel.ops.deformable.ms_deform_attn import ms_deform_attn
+from accel.ops.fp8.fp8_gemm import fp8_gemm
+from accel.ops.fp8.fp8_quantize import fp8_dequantize, fp8_quantize
 from accel.ops.linear.flash_mix import flash_mix
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.linear_attention import linear_attention
@@ -42,6 +44,9 @@ __all__ = [
     "distributed",
     "explain",
     "flash_mix",
+    "fp8_dequantize",
+    "fp8_gemm",
+    "fp8_quantize",
     "gau_attention",
     "grouped_linear",
     "linear_attention",

@@ -37,12 +37,14 @@ class Triton(NamedTuple):
     backward: Callable[..., Any]
 
 
-def triton(op: str) -> Triton:
-    """The Triton leaf of ``op``, the op's own module name."""
+def triton(op: str, floating: bool = True) -> Triton:
+    """The Triton leaf of ``op``, the op's own module name. Unless its first tensor is ``floating`` the op says itself
+    which dtypes it takes."""
     name = dispatch.leaf_of(op)
 
     def why_not(args: Any) -> str | None:
-        return dispatch.leaf_reason(name) or dispatch.leaf(name)[0].why_not(args) or why_not_dtype(args)
+        reason = dispatch.leaf_reason(name) or dispatch.leaf(name)[0].why_not(args)
+        return reason or (why_not_dtype(args) if floating else None)
 
     def forward(*args: Any) -> Any:
         return dispatch.leaf(name)[0].forward(*args)
@@ -64,9 +66,14 @@ def why_not_dtype(args: Any) -> str | None:
 
 def why_not_cpu(args: Any) -> str | None:
     """Why the CPU kernels of ``accel._C`` cannot compute ``args``."""
+    return why_not_native(args) or why_not_dtype(args)
+
+
+def why_not_native(args: Any) -> str | None:
+    """The same, of an op that says itself which dtypes it takes."""
     if args[0].device.type != "cpu":
         return f"the tensors are on {args[0].device.type}"
-    return dispatch.leaf_reason("accel._C") or why_not_dtype(args)
+    return dispatch.leaf_reason("accel._C")
 
 
 def why_not_cuda(args: Any) -> str | None:

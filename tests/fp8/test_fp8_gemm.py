@@ -1,0 +1,120 @@
+"""Products of eight-bit numbers against the float64 product of what the codes stand for, and bad input."""
+
+import pytest
+import torch
+from _bad import Bad, check_bad, each, zeros
+from _fp8_cases import E4M3, INPUTS, PRODUCTS, Product, random_matrix
+
+import accel
+from accel.testing import assert_close, assert_same
+
+BACKENDS = ("reference",)
+
+
+def exact(case, given):
+    """The product in float64 of the dequantised operands, made without the op's own reference."""
+
+    def numbers(x, scale, block):
+        if scale is None:
+            return x.double()
+        rows, cols = [size or whole for size, whole in zip(block, x.shape, strict=True)]
+        spread = scale.float().double().repeat_interleave(rows, 0)[: x.shape[0]]
+        return x.float().double() * spread.repeat_interleave(cols, 1)[:, : x.shape[1]]
+
+    b = numbers(given["b"], given["b_scale"], case.b_block)
+    out = numbers(given["a"], given["a_scale"], case.a_block) @ b.t()
+    return out if given["bias"] is None else out + given["bias"].double()
+
+
+def check_product(backend, case, dtype, **change):
+    given = {**case.make(dtype), **change}
+    got = accel.fp8_gemm(**given, backend=backend)
+    assert got.dtype == dtype
+    assert_close(got, exact(case, given), "fp8", dtype, str(case))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_product(case, dtype, backend):
+    check_product(backend, case, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_do_not_matter(backend):
+    given = Product("", 9, 140, 300, bias=True).make()
+    want = accel.fp8_gemm(**given, backend=backend)
+    wide = {name: given[name].view(torch.uint8) for name in ("a", "b")}
+    moved = {name: torch.stack([x, x ^ 1], -1)[..., 0].view(E4M3) for name, x in wide.items()}
+    scales = {name: given[name].t().contiguous().t() for name in ("a_scale", "b_scale")}
+    assert_same(accel.fp8_gemm(**{**given, **moved, **scales}, backend=backend), want, "strided")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scales_may_be_bytes_or_one_number(backend):
+    given = Product("", 9, 40, 300, scale_format="e8m0").make()
+    want = accel.fp8_gemm(**given, backend=backend)
+    as_bytes = {name: given[name].view(torch.uint8) for name in ("a_scale", "b_scale")}
+    assert_same(accel.fp8_gemm(**{**given, **as_bytes}, backend=backend), want, "bytes of e8m0")
+    given = Product("", 9, 40, 300, (None, None), (None, None)).make()
+    want = accel.fp8_gemm(**given, backend=backend)
+    numbers = {name: given[name].view(()) for name in ("a_scale", "b_scale")}
+    assert_same(accel.fp8_gemm(**{**given, **numbers}, backend=backend), want, "scales without axes")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [(0, 3, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0)])
+def test_empty(sizes, backend):
+    M, N, K = sizes
+    bias = random_matrix((N,))
+    a, b = zeros(M, K).to(E4M3), zeros(N, K).to(E4M3)
+    a_scale, b_scale = zeros(M, -(-K // 128)), zeros(-(-N // 128), -(-K // 128))
+    out = accel.fp8_gemm(a, a_scale, b, b_scale, bias=bias, backend=backend)
+    assert_same(out, bias.bfloat16().expand(M, N), "an empty product is the bias")
+
+
+def test_against_what_was_quantised():
+    for kind in ("normal", "lognormal"):
+        x, w = random_matrix((30, 4096), kind, 1), random_matrix((60, 4096), kind, 2)
+        got = accel.fp8_gemm(*accel.fp8_quantize(x), *accel.fp8_quantize(w, block=(128, 128)), out_dtype=torch.float32)
+        want = x.double() @ w.double().t()
+        assert (got - want).norm() <= 0.05 * want.norm()
+
+
+def test_it_has_no_gradient():
+    given = Product("", 3, 4, 5, None).make()
+    with pytest.raises(NotImplementedError, match="fp8_linear"):
+        accel.fp8_gemm(**{**given, "a": given["a"].requires_grad_()})
+    with torch.no_grad():
+        assert accel.fp8_gemm(**given).shape == (3, 4)
+
+
+def test_compiled():
+    given = Product("", 9, 40, 300, bias=True).make()
+    call = torch.compile(lambda **given: accel.fp8_gemm(**given), backend="aot_eager", fullgraph=True)
+    assert_same(call(**given), accel.fp8_gemm(**given), "compiled")
+
+
+@each(
+    [
+        Bad("plain_b", TypeError, r"b must be float8.*torch\.float32", {"b": zeros(5, 300)}),
+        Bad("plain_a", TypeError, r"a must be float8.*torch\.float32", {"a": zeros(4, 300)}),
+        Bad("codes_without_scale", TypeError, "no a_scale", {"a_scale": None}),
+        Bad("depth", ValueError, r"\(4, 300\).*\(5, 200\)", {"b": zeros(5, 200).to(E4M3)}),
+        Bad("batch", ValueError, r"matrix.*\(1, 5, 300\)", {"b": zeros(1, 5, 300).to(E4M3)}),
+        Bad("scale_shape", ValueError, r"a_scale has \(3, 3\) scales.*\(4, 300\)", {"a_scale": zeros(3, 3)}),
+        Bad("pairing", ValueError, "300 columns and those of b for 128", {"a_scale": zeros(4, 1)}),
+        Bad(
+            "scale_dtype", TypeError, r"b_scale must be float32.*float16", {"b_scale": zeros(1, 3, dtype=torch.float16)}
+        ),
+        Bad("negative", ValueError, r"b_scale\[0, 1\]=-1", {"b_scale": torch.tensor([[1.0, -1.0, 1.0]])}),
+        Bad("nan", ValueError, r"b_scale\[0, 2\]=nan", {"b_scale": torch.tensor([[1.0, 1.0, float("nan")]])}),
+        Bad("bias", ValueError, r"\(N,\) = \(5,\).*\(4,\)", {"bias": zeros(4)}),
+        Bad("out_dtype", ValueError, r"out_dtype=torch\.int8", {"out_dtype": torch.int8}),
+    ]
+)
+def test_bad_input(bad):
+    good = {
+        "a": zeros(4, 300).to(E4M3), "a_scale": zeros(4, 3), "b": zeros(5, 300).to(E4M3), "b_scale": zeros(1, 3)
+    }  # fmt: skip
+    check_bad(accel.fp8_gemm, good, bad)
