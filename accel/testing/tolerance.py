@@ -144,7 +144,7 @@ TOLERANCES: dict[tuple[str, torch.dtype], Tolerance] = {
     ("experts_grad", torch.float32): Tolerance(2e-6, 1e-4),
     ("experts_grad", torch.float16): Tolerance(1.5e-3, 8 * _FP16),
     ("experts_grad", torch.bfloat16): Tolerance(1e-2, 8 * _BF16),
-    # products of eight-bit numbers, exact in fp32, and their sums, rounded once: 3e-7 at a depth of 16384, 2.1e-4, 1.7e-3
+    # exact products of eight-bit numbers, summed in fp32 and rounded once: 3e-7 at a depth of 16384, 2.1e-4, 1.7e-3
     ("fp8", torch.float32): Tolerance(1e-6, 1e-5),
     ("fp8", torch.float16): Tolerance(1e-3, 2 * _FP16),
     ("fp8", torch.bfloat16): Tolerance(6e-3, 2 * _BF16),
