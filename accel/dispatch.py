@@ -53,6 +53,9 @@ class Op:
     """``example(device, dtype)`` makes the arguments of a small public call: what doctor and the tests ask about."""
     differentiable: bool = True
     """Whether its output has a gradient; an op without one refuses calls that ask for it."""
+    straight_through: bool = False
+    """Whether its gradient is one by definition, in which roundings pass it on, and not the derivative of what is
+    computed: the reference has a backward of its own then, and no derivative beyond it."""
 
     def backend(self, name: str) -> Backend:
         for backend in self.backends:

@@ -86,7 +86,7 @@ def differentiable(
         keep_outputs: those that the backward reads. One that the user gets must not be changed in place before the
             backward: torch refuses that then, as for its own softmax.
         sizes_only: the tensors of which the backward reads the sizes alone; it receives them behind the other tensors.
-            ``backward_fake`` and ``backward_flops`` see a tensor of these sizes.
+            ``backward_fake`` and ``backward_flops`` see a tensor of these sizes, None where the call had none.
         lay_out: brings the gradient of an output into the layout that backends expect, ``lay_out(grad, args)``.
     """
     layout = _read_layout(args, outputs, differentiable_outputs, keep_outputs, sizes_only, gradients > always)
@@ -119,7 +119,7 @@ def differentiable(
         lambda *given: backward_flops(*read(given)),
     )
     recorded = {
-        used: _autograd(args, reference, layout, forward_op, backward_op, gradients, always, lay_out, used)
+        used: _autograd(name, args, reference, layout, forward_op, backward_op, gradients, always, lay_out, used)
         for used in range(1, differentiable_outputs + 1)
     }
     required = [i for i, kind in enumerate(layout.kinds) if kind == "Tensor"]
@@ -127,6 +127,8 @@ def differentiable(
     def run(given: A, backend: str | None = None, used: int | None = None) -> Any:
         chosen = dispatch.select(dispatch.OPS[name], given, backend)
         if chosen.name == "reference" or any([given[i].numel() == 0 for i in required]):
+            if dispatch.OPS[name].straight_through:
+                refuse_forward_mode(name, given[:gradients])
             with without_autocast(given[0]):
                 return reference(*given)
         if torch.compiler.is_compiling():
@@ -206,7 +208,7 @@ class _Layout:
         needs = rest.pop() if self.asks else []
         kept, sizes, others = rest[: len(self.kept)], rest[len(self.kept) : self.tensors], rest[self.tensors :]
         found = dict(zip(self.kept, kept, strict=True))
-        found |= {i: given[0].new_empty(size) for i, size in zip(self.sized, sizes, strict=True)}
+        found |= {i: given[0].new_empty(size) if size else None for i, size in zip(self.sized, sizes, strict=True)}
         return [*[found[i] for i in range(self.tensors)], *others], needs
 
 
@@ -255,6 +257,7 @@ _library = torch.library.Library("accel", "FRAGMENT")
 
 
 def _autograd(
+    name: str,
     args: Callable[..., A],
     reference: Callable[..., Any],
     layout: _Layout,
@@ -283,7 +286,7 @@ def _autograd(
             if upstream > 1:
                 ctx.set_materialize_grads(False)
             ctx.save_for_backward(*[made[i] for i in kept_outputs], *[inputs[i] for i in kept])
-            ctx.sizes = [list(inputs[i].shape) for i in sized]
+            ctx.sizes = [[] if inputs[i] is None else list(inputs[i].shape) for i in sized]
             ctx.rest = inputs[tensors:]
 
         @staticmethod
@@ -295,13 +298,17 @@ def _autograd(
             for i, x in zip(kept, saved[len(kept_outputs) :], strict=True):
                 fields[i] = x
             if transforms.batched():  # under jacrev, say, which runs the forward without
+                if dispatch.OPS[name].straight_through:
+                    raise NotImplementedError(f"{name}: batched derivatives of a kernel {_beyond(name)}")
                 for i, size in zip(sized, ctx.sizes, strict=True):  # of which no gradient depends on the values
                     fields[i] = grads[0].new_zeros(size)
                 return _through(reference, [*fields, *rest], grads[:upstream], needed)
             given = args(*fields, *rest)
             laid_out = [None if g is None else lay_out(g, given) for g in grads[:upstream]]
             needs = [list(needed[always:gradients])] if asks else []
-            found = once_differentiable(backward_op, *laid_out, *unused, *saved, *ctx.sizes, *rest, *needs, backend)
+            found = once_differentiable(
+                name, backward_op, *laid_out, *unused, *saved, *ctx.sizes, *rest, *needs, backend
+            )
             pairs = zip([found] if gradients == 1 else found, fields, needed, strict=False)
             made = [_in_dtype_of(x, g) if wanted else None for g, x, wanted in pairs]
             return *made, *([None] * (len(needed) - gradients))
@@ -332,16 +339,25 @@ def _in_dtype_of(x: Tensor | None, grad: Tensor) -> Tensor:
     return grad if x is None or grad.dtype == x.dtype else grad.to(x.dtype)
 
 
-def _refuse_forward_mode(name: str, tensors: Iterable[torch.Tensor]) -> None:
+def _beyond(name: str) -> str:
+    """Where derivatives are that no kernel of the op ``name`` has."""
+    if dispatch.OPS[name].straight_through:
+        return "do not exist, not on backend='reference' either: its gradient is defined, not derived"
+    return "exist only on backend='reference'"
+
+
+def refuse_forward_mode(name: str, tensors: Iterable[Any]) -> None:
     """Kernels have no forward-mode derivative, and torch would take it for zero."""
-    if forward_ad._current_level >= 0 and any([forward_ad.unpack_dual(x).tangent is not None for x in tensors]):
-        raise NotImplementedError(f"{name}: forward-mode derivatives exist only on backend='reference'")
+    if forward_ad._current_level >= 0 and any(
+        [isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in tensors]
+    ):
+        raise NotImplementedError(f"{name}: forward-mode derivatives {_beyond(name)}")
 
 
 def differentiated(op: str, arguments: Iterable[Any]) -> bool:
     """Whether autograd is to record a call of the kernels of ``op``."""
     tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
-    _refuse_forward_mode(op, tensors)
+    refuse_forward_mode(op, tensors)
     return requires_gradient(tensors)
 
 
@@ -354,27 +370,31 @@ def requires_gradient(arguments: Iterable[Any]) -> bool:
 
 
 class _Once(torch.autograd.Function):
-    """Runs a backward op and makes a second derivative an error instead of a silently missing term."""
+    """Runs a backward and makes a second derivative an error instead of a silently missing term."""
 
     @staticmethod
-    def forward(op: Any, *args: Any) -> Any:
-        return op(*args)
+    def forward(name: str, backward: Callable[..., Any], mark: Tensor | None, *args: Any) -> Any:
+        return backward(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = str(inputs[0])
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(
-            f"{ctx.name} has no derivative of its own: second derivatives exist only on backend='reference'"
+            f"{ctx.name}: its backward has no derivative of its own: second derivatives {_beyond(ctx.name)}"
         )
 
 
-def once_differentiable(op: Any, *args: Any) -> Any:
-    """Call a backward op from inside ``autograd.Function.backward``."""
-    _refuse_forward_mode(str(op), [x for x in args if isinstance(x, torch.Tensor)])
-    return _Once.apply(op, *args) if torch.is_grad_enabled() else op(*args)
+def once_differentiable(name: str, backward: Callable[..., Any], *args: Any) -> Any:
+    """Call the backward of the op ``name`` from inside ``autograd.Function.backward``."""
+    refuse_forward_mode(name, args)
+    if not torch.is_grad_enabled():
+        return backward(*args)
+    # where roundings are passed by, a gradient depends on tensors that are kept as codes alone, outside of autograd
+    mark = torch.zeros((), requires_grad=True) if dispatch.OPS[name].straight_through else None
+    return _Once.apply(name, backward, mark, *args)
 
 
 def _has_autocast(device: str) -> bool:
