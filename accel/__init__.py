@@ -12,7 +12,9 @@ from accel.ops.deformable.deform_attention2d import deform_attention2d
 from accel.ops.deformable.deform_conv2d import deform_conv2d
 from accel.ops.deformable.ms_deform_attn import ms_deform_attn
 from accel.ops.fp8.fp8_gemm import fp8_gemm
+from accel.ops.fp8.fp8_linear import fp8_linear
 from accel.ops.fp8.fp8_quantize import fp8_dequantize, fp8_quantize
+from accel.ops.fp8.recipe import FP8Recipe
 from accel.ops.linear.flash_mix import flash_mix
 from accel.ops.linear.gau_attention import gau_attention
 from accel.ops.linear.linear_attention import linear_attention
@@ -34,6 +36,7 @@ __all__ = [
     "BlockCausal",
     "BlockDiffusion",
     "ExpertActivation",
+    "FP8Recipe",
     "Grid2D",
     "MoeLoad",
     "PrefixLM",
@@ -46,6 +49,7 @@ __all__ = [
     "flash_mix",
     "fp8_dequantize",
     "fp8_gemm",
+    "fp8_linear",
     "fp8_quantize",
     "gau_attention",
     "grouped_linear",
