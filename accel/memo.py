@@ -66,6 +66,10 @@ class Facts(Generic[T]):
         """What was read from these tensors as they are, None where nothing was. Nothing is made."""
         return self._find(tensors, key) if _is_plain(*tensors) else None
 
+    def forget(self, first: Tensor) -> None:
+        """What is remembered with ``first``, which changed without a new version."""
+        self._known.pop(first, None)
+
     def get_or_read(self, tensors: tuple[Tensor, ...], key: Any, read: Callable[[], T]) -> T:
         """``read()``, remembered with the first of ``tensors`` for the same others, versions and ``key``."""
         first, *others = tensors

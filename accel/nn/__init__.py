@@ -3,6 +3,7 @@
 from accel.nn.attention import MultiHeadAttention
 from accel.nn.deform import DeformConv2d, ModulatedDeformConv2d
 from accel.nn.expert_bias import ExpertBias
+from accel.nn.fp8 import FP8Linear
 from accel.nn.gated import FLASH, GatedAttentionUnit, ScaleNorm
 from accel.nn.linear import LinearAttention
 from accel.nn.moe import Experts, MoE, Routing
@@ -20,6 +21,7 @@ __all__ = [
     "DeformConv2d",
     "ExpertBias",
     "Experts",
+    "FP8Linear",
     "GatedAttentionUnit",
     "LinearAttention",
     "MoE",

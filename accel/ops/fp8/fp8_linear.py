@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +103,9 @@ class Weight(NamedTuple):
     turned_scale: Tensor | None
 
 
-def _scaling_of(shape: tuple[int, int], scale: Tensor, recipe: FP8Recipe | None) -> str:
+def scaling_of(
+    shape: tuple[int, int], scale: Tensor, recipe: FP8Recipe | None, scale_name: str = "weight_scale"
+) -> str:
     """What the recipe calls the scaling of a weight whose scales are these."""
     N, K = shape
     shapes = {"block": (formats.count(N, 128), formats.count(K, 128)), "row": (N, 1), "tensor": (1, 1)}
@@ -110,14 +113,14 @@ def _scaling_of(shape: tuple[int, int], scale: Tensor, recipe: FP8Recipe | None)
     wanted = "block" if recipe is None else recipe.scaling
     if not fitting:
         raise ValueError(
-            f"weight_scale must be {shapes['block']}, blocks of 128 x 128, {shapes['row']}, rows, or (1, 1) beside "
+            f"{scale_name} must be {shapes['block']}, blocks of 128 x 128, {shapes['row']}, rows, or (1, 1) beside "
             f"weight ({N}, {K}), got {tuple(scale.shape)}"
         )
     if wanted in fitting or wanted == "weight_only":
         return wanted
     if recipe is not None:
         raise ValueError(
-            f"the recipe has scaling={wanted!r}, and weight_scale {tuple(scale.shape)} beside weight ({N}, {K}) is "
+            f"the recipe has scaling={wanted!r}, and {scale_name} {tuple(scale.shape)} beside weight ({N}, {K}) is "
             f"for {fitting[0]!r}"
         )
     return fitting[0]
@@ -132,7 +135,7 @@ def _read_given(weight: Tensor, weight_scale: Any, recipe: FP8Recipe | None) -> 
         raise ValueError(f"weight_scale is on {scale.device} but weight is on {weight.device}")
     scale = scale.detach()
     scale = (scale.view(1, 1) if scale.numel() == 1 else scale).contiguous()
-    scaling = _scaling_of((weight.shape[0], weight.shape[1]), scale, recipe)
+    scaling = scaling_of((weight.shape[0], weight.shape[1]), scale, recipe)
     fp8_gemm.check_scale(scale, "weight_scale")
     return weight.detach().view(torch.uint8).contiguous(), scale, scaling
 
@@ -227,23 +230,29 @@ Remember = Callable[[Tensor, Any, Callable[[], Weight]], Weight]
 """``remember(weight, key, make)``: the weight as ``make()`` quantises it, perhaps from an earlier call."""
 
 
-def compute(args: Args, backend: str | None, remember: Remember | None = None) -> Tensor:
-    """The output ``(M, N)`` of what ``_prepare`` made."""
-    chosen = dispatch.select(OP, args, backend)
-    if chosen.name == "torch":
+def call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_scale: Tensor | None,
+    recipe: FP8Recipe | None,
+    backend: str | None = None,
+    remember: Remember | None = None,
+) -> Tensor:
+    """:func:`fp8_linear`, perhaps with a weight that was quantised earlier."""
+    args = _prepare(x, weight, bias, weight_scale=weight_scale, recipe=recipe)
+    chosen = dispatch.select(OP, args, backend).name
+    if chosen == "torch":
         args = args._replace(w=size_rule.plain_weight(args), scale=None, keep=False)
-    elif args.weight is not None:
-        weight, moves = args.weight, library.requires_gradient([args.x])
-
-        def make() -> Weight:
-            return _quantize_weight(args, moves or remember is not None, chosen.name)
-
-        key = (args.scaling, args.scale_format, chosen.name)
+    elif not args.given:
+        turned = remember is not None or library.requires_gradient([args.x])
+        make = functools.partial(_quantize_weight, args, turned, chosen)
+        key = (args.scaling, args.scale_format, chosen)
         args = args._replace(**(make() if remember is None else remember(weight, key, make))._asdict())
-    if not args.keep and args.weight is not None and library.requires_gradient([args.weight]):
+    if not args.given and not args.keep and library.requires_gradient([weight]):
         args = args._replace(kept=args.x.detach())
-    out: Tensor = _run(args, chosen.name)[0]
-    return out
+    out: Tensor = _run(args, chosen)[0]
+    return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def fp8_linear(
@@ -300,8 +309,7 @@ def fp8_linear(
 
     Follows DeepSeek-AI, DeepSeek-V3 (2024), §3.3.
     """
-    args = _prepare(x, weight, bias, weight_scale=weight_scale, recipe=recipe)
-    return compute(args, backend).view(*x.shape[:-1], weight.shape[0])
+    return call(x, weight, bias, weight_scale, recipe, backend)
 
 
 def _example(device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
