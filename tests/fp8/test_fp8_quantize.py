@@ -11,7 +11,9 @@ from _fp8_cases import DTYPES, E4M3, E5M2, INPUTS, QUANTIZE, SCALES, hostile, ra
 
 import accel
 from accel.ops.fp8 import formats
-from accel.testing import assert_same
+from accel.testing import assert_same, guard, threads
+from accel.testing.running import Recorder, poisoned
+from accel.testing.values import LEVELS, at_level
 
 # --- the reference ---
 
@@ -106,6 +108,40 @@ def test_xt_is_quantised_from_x(case, dtype):
     for format_dtype in DTYPES:
         for scale_format in SCALES:
             check_bits("reference", case, dtype, format_dtype, scale_format)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("case", QUANTIZE, ids=str)
+def test_cpu(case, dtype, level):
+    with at_level(level):
+        for format_dtype, scale_format in itertools.product(DTYPES, SCALES):
+            check_bits("cpu", case, dtype, format_dtype, scale_format)
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (1, None), None, (3, 7)])
+def test_cpu_threads_and_fresh_memory_change_no_bit(block):
+    x = random_matrix((2, 700, 300), "lognormal")
+
+    def made():
+        results = accel.fp8_quantize(x, block=block, transpose=True, backend="cpu")
+        return [t.view(torch.uint8) for t in results]
+
+    want = accel.fp8_quantize(x, block=block, transpose=True, backend="reference")
+    for count in (1, 2, 3):
+        with threads(count), poisoned():
+            for got, expected in zip(made(), want, strict=True):
+                assert torch.equal(got, expected.view(torch.uint8)), f"{count} threads"
+
+
+def test_cpu_reads_and_writes_nothing_beyond():
+    calls = []
+    for case, dtype in itertools.product(QUANTIZE, INPUTS):
+        with Recorder() as recorder:
+            accel.fp8_quantize(case.make(dtype), block=case.block, transpose=True, backend="cpu")
+        calls += [(f"{case} {dtype}", overload.name(), args) for overload, args in recorder.calls]
+    assert len(calls) == len(QUANTIZE) * len(INPUTS)
+    guard.replay(calls, ("accel", "accel._C"))
 
 
 # --- around it ---

@@ -59,6 +59,10 @@ def _quantize(x: Tensor, args: Args, turned: bool) -> tuple[Tensor, Tensor]:
 _triton = backends.triton(__name__)
 
 
+def _run_native(*args: Any) -> Any:
+    return torch.ops.accel_native.fp8_quantize.default(*args)
+
+
 # --- declaration ---
 
 
@@ -248,6 +252,7 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
+            dispatch.Backend("cpu", backends.why_not_cpu, _run_native, None, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend("triton", _triton.why_not, _triton.forward, None, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),
