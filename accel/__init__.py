@@ -47,6 +47,8 @@ __all__ = [
     "distributed",
     "explain",
     "flash_mix",
+    "fp8_checkpoints",
+    "fp8_convert",
     "fp8_dequantize",
     "fp8_gemm",
     "fp8_linear",
@@ -80,7 +82,9 @@ __all__ = [
 ]
 
 from accel import distributed, integrations, nn
+from accel.conversion import fp8_convert
 from accel.patch import patch, unpatch
 from accel.patch_functions import patch_functions, unpatch_functions
+from accel.patches.transformers_fp8 import fp8_checkpoints
 
 integrations.install()

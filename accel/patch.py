@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from accel import patch_seen
+from accel.ops.fp8.recipe import FP8Recipe
 from accel.patch_report import PatchReport, Row
-from accel.patches import TABLE, Entry, class_path, target_of, transformers_switch, transformers_unpad
-from accel.patches.entry import covers, plain_class
+from accel.patches import TABLE, Entry, class_path, fp8, linears, target_of, transformers_switch, transformers_unpad
+from accel.patches.entry import LINEAR, covers, plain_class
 from accel.patches.replacement import Replacement
 from accel.patches.stand import Stand, stands_in, take_out
 
@@ -23,7 +25,7 @@ def patch(
     *,
     ops: str | Iterable[str] | None = None,
     skip: str | type | Iterable[str | type] = (),
-    recipe: str | Mapping[str, bool] | None = None,
+    recipe: str | Mapping[str, bool | FP8Recipe] | None = None,
     dry_run: bool = False,
     strict: bool = False,
     allow_none: bool = False,
@@ -55,7 +57,9 @@ def patch(
             that compute the same function.
         skip: modules to leave alone with all they contain: patterns of names (``"features.1*"``) or classes.
         recipe: ``"exact"``, which is what None means, or ops switched on (as if named in ``ops``) and off over it:
-            ``{"window_attention": False}``.
+            ``{"window_attention": False}``. ``{"fp8_linear": accel.FP8Recipe(...)}`` also says how Linear layers
+            compute in eight bits; output layers, routers and shared weights are left in full precision, and so is a
+            Linear whose weight another replacement reads.
         dry_run: change nothing, report what would be done.
         strict: raise if a module of a known class cannot be replaced, before anything is changed.
         allow_none: return an empty report where nothing was replaced, instead of raising.
@@ -111,24 +115,28 @@ def unpatch(model: nn.Module) -> list[str]:
 _LEFT_OUT = "named in skip"
 
 
-def _wanted(ops: str | Iterable[str] | None, recipe: str | Mapping[str, bool] | None) -> _Wanted:
+def _wanted(ops: str | Iterable[str] | None, recipe: str | Mapping[str, bool | FP8Recipe] | None) -> _Wanted:
     """The part of the table that the caller asks for."""
     known = sorted({e.op for e in TABLE.values()} | {transformers_switch.OP})
     if ops is not None and recipe is not None:
         raise ValueError(f"give ops or recipe, not both: {ops=}, {recipe=}")
     if isinstance(recipe, str) and recipe != "exact":
         raise ValueError(f"unknown recipe {recipe!r}: it is 'exact' or a mapping of ops to True or False")
-    switches: dict[str, bool] = {}
+    switches: dict[str, bool | FP8Recipe] = {}
     if ops is not None:
         ops = (ops,) if isinstance(ops, str) else tuple(ops)
-        switches = dict.fromkeys(known, False) | dict.fromkeys(ops, True)
+        switches = {**dict.fromkeys(known, False), **dict.fromkeys(ops, True)}
     elif isinstance(recipe, Mapping):
         switches = dict(recipe)
-    for op in switches:
+    for op, value in switches.items():
         if op not in known:
             raise ValueError(f"no replacement uses an op {op!r}; known: {', '.join(known)}")
+        if not isinstance(value, bool) and not (op == fp8.OP and isinstance(value, FP8Recipe)):
+            raise TypeError(f"a recipe says True or False of an op, and an FP8Recipe of {fp8.OP}, got {op}={value!r}")
     table = {t: e for t, e in TABLE.items() if switches.get(e.op, e.same_function)}
-    return _Wanted(table, switches.get(transformers_switch.OP, True))
+    eight_bits = switches.get(fp8.OP)
+    how = {fp8.OP: {"recipe": eight_bits}} if isinstance(eight_bits, FP8Recipe) else {}
+    return _Wanted(table, bool(switches.get(transformers_switch.OP, True)), how)
 
 
 @dataclasses.dataclass
@@ -136,6 +144,8 @@ class _Wanted:
     table: dict[str, Entry]
     registry: bool
     """Whether attention that goes through transformers' registry is switched."""
+    how: Mapping[str, Mapping[str, Any]]
+    """What an op is told beside the arguments of its calls."""
 
 
 @dataclasses.dataclass
@@ -145,6 +155,8 @@ class _Plan:
     """Every piece to put in, with its module's name and its row, if it has one."""
     left_out: set[str] = dataclasses.field(default_factory=set)
     """Names of the modules that are to be left alone."""
+    kept: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Names of Linear layers that keep their numbers, with the reason."""
 
     def add(self, row: Row, reason: str | None, stand: Callable[[], Stand]) -> None:
         self.rows.append(row)
@@ -169,11 +181,17 @@ def _plan(model: nn.Module, wanted: _Wanted, skip: tuple[str | type, ...]) -> _P
     left_out = plan.left_out
     owned: set[str] = set()  # what stands below a module of the table is that module's business
     attention = {}
+    if fp8.OP in {entry.op for entry in wanted.table.values()}:
+        plan.kept = linears.left_alone(model)
     for name, module in model.named_modules():
         parent = name.rpartition(".")[0]
-        if (name and parent in left_out) or _named(name, module, skip):
+        if (name and parent in left_out) or named_in(name, module, skip):
             left_out.add(name)
         below = name and parent in owned
+        if below and isinstance(module, nn.Linear):
+            plan.kept.setdefault(
+                name, f"its weight may be read by {parent or 'the model'}, which is replaced as a whole"
+            )
         if below or any(class_path(c) in wanted.table for c in type(module).__mro__):
             owned.add(name)
         if wanted.registry and not below and transformers_switch.goes_through_the_registry(module):
@@ -181,7 +199,7 @@ def _plan(model: nn.Module, wanted: _Wanted, skip: tuple[str | type, ...]) -> _P
             attention[name] = Row(name, type(module).__name__, transformers_switch.OP, "skipped", reason)
             plan.rows.append(attention[name])
             _note_present(attention[name], module, transformers_switch.Attention)
-        _plan_entry(plan, wanted.table, name, module, name in left_out)
+        _plan_entry(plan, wanted, name, module, name in left_out)
     free = {name for name, row in attention.items() if not row.reason}
     for name, switch in transformers_switch.plan(model, free, left_out) if free else ():
         row = attention.get(name)
@@ -199,8 +217,8 @@ def _note_present(row: Row, module: nn.Module, kind: type[Stand], attribute: str
     return False
 
 
-def _plan_entry(plan: _Plan, table: dict[str, Entry], name: str, module: nn.Module, left_out: bool) -> None:
-    cls, target = plain_class(type(module)), target_of(module)
+def _plan_entry(plan: _Plan, wanted: _Wanted, name: str, module: nn.Module, left_out: bool) -> None:
+    cls, target, table = plain_class(type(module)), target_of(module), wanted.table
     entry = table.get(target)
     if entry is None and target in TABLE and target != class_path(cls):
         return  # a kind whose op is not asked for
@@ -217,7 +235,9 @@ def _plan_entry(plan: _Plan, table: dict[str, Entry], name: str, module: nn.Modu
     elif _note_present(row, module, Replacement, entry.attribute):
         plan.rows.append(row)
     else:
-        plan.add(row, _why_not_replace(module, entry), lambda: Replacement(module, entry.target))
+        kept = plan.kept.get(name) if entry.target == LINEAR else None
+        how = wanted.how.get(entry.op)
+        plan.add(row, kept or _why_not_replace(module, entry), lambda: Replacement(module, entry.target, how))
 
 
 def _why_not_replace(module: nn.Module, entry: Entry) -> str | None:
@@ -229,7 +249,7 @@ def _why_not_replace(module: nn.Module, entry: Entry) -> str | None:
     return entry.why_not(module)
 
 
-def _named(name: str, module: nn.Module, skip: tuple[str | type, ...]) -> bool:
+def named_in(name: str, module: nn.Module, skip: tuple[str | type, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, s) if isinstance(s, str) else isinstance(module, s) for s in skip)
 
 

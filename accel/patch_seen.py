@@ -14,6 +14,9 @@ from accel.patches.unserved import UNSERVED
 
 __all__ = ["nothing_to_replace", "unserved"]
 
+_EXACT = {target: entry for target, entry in TABLE.items() if entry.same_function}
+"""What is replaced unless it is switched off: a Linear, which may be computed in eight bits, is no news."""
+
 _LOOKS = re.compile("attention|attn|deform|m[hq]?sa$|mla$", re.IGNORECASE)
 
 
@@ -29,7 +32,7 @@ def nothing_to_replace(model: nn.Module, table: Mapping[str, Entry], registry: b
     ``table`` and ``registry`` are what the caller asked for.
     """
     names = [name for name, module in model.named_modules() if _looks(module)]
-    known = [name for name in names if _path(model.get_submodule(name)) in TABLE]
+    known = [name for name in names if _path(model.get_submodule(name)) in _EXACT]
     names = [name for name in names if not any(_is_below(name, other) for other in known)]
     innermost = [name for name in names if not any(_is_below(other, name) for other in names)]
     found = _by_class(model, innermost)
@@ -62,7 +65,7 @@ def _looks(module: nn.Module) -> bool:
     """Whether a module is attention by what is known, by its name, or because it is called almost as what is known."""
     name = type(module).__name__
     return (
-        _path(module) in TABLE
+        _path(module) in _EXACT
         or _path(module) in UNSERVED
         or transformers_switch.goes_through_the_registry(module)
         or _LOOKS.search(name) is not None
@@ -73,7 +76,7 @@ def _looks(module: nn.Module) -> bool:
 @functools.cache
 def _near(name: str) -> str | None:
     """The known class whose name is almost this one."""
-    targets = {target.rpartition(".")[2]: target for target in TABLE}
+    targets = {target.rpartition(".")[2]: target for target in _EXACT}
     found = difflib.get_close_matches(name, targets, n=1, cutoff=0.85)
     return targets[found[0]] if found else None
 
@@ -82,8 +85,8 @@ def _said_of(module: nn.Module, table: Mapping[str, Entry], registry: bool) -> s
     path = _path(module)
     if path in UNSERVED:
         return UNSERVED[path]
-    if path in TABLE:
-        return "it has nothing to replace" if path in table else f"{TABLE[path].op} is not switched on"
+    if path in _EXACT:
+        return "it has nothing to replace" if path in table else f"{_EXACT[path].op} is not switched on"
     if transformers_switch.goes_through_the_registry(module) and not registry:
         return f"{transformers_switch.OP} is not switched on"
     near = _near(type(module).__name__)

@@ -11,6 +11,10 @@ from accel.benchmarks import (
     deform_conv2d,
     flash_mix,
     flash_training,
+    fp8_gemm,
+    fp8_linear,
+    fp8_quantize,
+    fp8_training,
     gau_attention,
     grouped_linear,
     linear_attention,
@@ -48,6 +52,7 @@ FAMILIES = (
     Family("boxes", 20, (ps_roi_align, ps_roi_pool)),
     Family("linear", 10, (linear_attention, linear_attention_step, gau_attention, flash_mix, flash_training)),
     Family("moe", 15, (moe_experts, moe_route, moe_permute, grouped_linear)),
+    Family("fp8", 15, (fp8_linear, fp8_quantize, fp8_gemm)),
 )
 BUDGET = 270.0
 """Seconds of the short run, after which nothing new begins; with the set-up (150 s) it ends within 8 minutes."""
@@ -56,7 +61,11 @@ OPS: dict[str, Any] = {module.NAME: module for family in FAMILIES for module in 
 FAMILY = {module.NAME: family.name for family in FAMILIES for module in family.ops}
 RIVALS: dict[str, tuple[str, ...]] = {module.NAME: module.SHORT.rivals for family in FAMILIES for module in family.ops}
 PROVIDERS = tuple(dict.fromkeys(name for module in OPS.values() for name in module.PROVIDERS))
-GOALS: tuple[Goal, ...] = (*(goal for module in OPS.values() for goal in module.GOALS), *models.GOALS)
+GOALS: tuple[Goal, ...] = (
+    *(goal for module in OPS.values() for goal in module.GOALS),
+    *models.GOALS,
+    *fp8_training.GOALS,
+)
 
 
 def narrowed(case: Case, modes: Collection[str], names: Collection[str]) -> Iterator[Case]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from accel.benchmarks._ceilings import MM, Ceilings
 from accel.benchmarks._machine import LEVEL
+from accel.benchmarks.fp8_training import Course as EightBits
 from accel.benchmarks.goals import Goal, Verdict, concerns, fitting, kinds, reach
 from accel.benchmarks.harness import Row, to_json
 from accel.benchmarks.models import Curves
@@ -41,6 +42,7 @@ class Results:
     curves: Curves | None = None
     language: dict[str, list[float]] = field(default_factory=dict)  # losses of language models, a step, by name
     balance: dict[str, Course] = field(default_factory=dict)  # trainings of experts, by what balanced them
+    eight_bits: dict[str, EightBits] = field(default_factory=dict)  # trainings in bf16 and in FP8, by seed
     notes: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)  # by name, for want of time
     finished: bool = False
@@ -95,6 +97,7 @@ def as_json(results: Results) -> dict[str, Any]:
         "curves": curves,
         "language": results.language,
         "balance": {name: dataclasses.asdict(course) for name, course in results.balance.items()},
+        "eight bits": {name: dataclasses.asdict(course) for name, course in results.eight_bits.items()},
         "notes": results.notes,
         "not run": results.not_run,
     }
@@ -145,6 +148,8 @@ def load(folders: Sequence[Path], goals: Sequence[Goal]) -> Results:
         results.curves = _fitting(Curves, data["curves"]) if data["curves"] else results.curves
         results.language = data.get("language") or results.language
         results.balance.update({name: _fitting(Course, plain) for name, plain in data.get("balance", {}).items()})
+        eight_bits = data.get("eight bits", {})
+        results.eight_bits.update({name: _fitting(EightBits, plain) for name, plain in eight_bits.items()})
         results.notes += [note for note in data["notes"] if note not in results.notes]
         results.not_run += data.get("not run", [])
     results.rows = list(rows.values())

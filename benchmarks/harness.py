@@ -80,8 +80,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class Case:
-    """One shape and dtype of an op. The inputs are all differentiable, small parameters may be fp32 beside a half
-    dtype; the reference takes them in any dtype."""
+    """One shape and dtype of an op. The inputs are differentiable, small parameters may be fp32 beside a half dtype;
+    the reference takes them in any dtype. Integers and numbers of eight bits are handed on as they are."""
 
     op: str
     group: str
@@ -187,6 +187,8 @@ def judge(actual: Tensor, expected: Tensor, limit: Tolerance, what: str, slack: 
     axis, which alone sees one bad element in a million. Stays on the device."""
     if actual.shape != expected.shape:
         return math.inf, f"{what}: {tuple(actual.shape)=}, {tuple(expected.shape)=}"
+    if not expected.is_floating_point():
+        actual, expected = actual.float(), expected.float()
     rms = relative_rms(actual, expected)
     if not rms <= limit.rms * slack:
         return rms, f"{what}: relative RMS error {rms:.2e} > {limit.rms * slack:.2e}"
@@ -207,9 +209,10 @@ def _run(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
     if grad is None:
         with torch.no_grad():
             return [function(*inputs)]
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = _leaves(inputs)
     out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype), materialize_grads=True)]
+    wanted = [x for x in leaves if x.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, wanted, grad.to(out.dtype), materialize_grads=True)]
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ class Truth:
 def _truth(case: Case, function: Callable[..., Tensor], inputs: Sequence[Tensor], training: bool, seed: int) -> Truth:
     """What ``function`` gives for the inputs, and an upstream gradient of the output's shape."""
     inner = torch.float64 if max(x.numel() for x in inputs) <= LARGE else torch.float32
-    wide = [x.detach().to(inner).requires_grad_(training) for x in inputs]
+    wide = [x.detach().to(inner).requires_grad_(training) if _has_gradient(x) else x for x in inputs]
     with torch.set_grad_enabled(training):
         out = function(*wide)
     device = inputs[0].device
@@ -247,8 +250,10 @@ def _truth(case: Case, function: Callable[..., Tensor], inputs: Sequence[Tensor]
     grad = torch.randn(out.shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
     both = [out.detach()]
     if training:
-        both += torch.autograd.grad(out, wide, grad.to(inner), materialize_grads=True)
-    return Truth(both[:1], both, [case.dtype, *(x.dtype for x in inputs)], grad)
+        wanted = [x for x in wide if x.requires_grad]
+        both += torch.autograd.grad(out, wanted, grad.to(inner), materialize_grads=True)
+    made = case.dtype if out.is_floating_point() else out.dtype
+    return Truth(both[:1], both, [made, *(x.dtype for x in inputs if _has_gradient(x))], grad)
 
 
 def _truths(case: Case, inputs: Sequence[Tensor], modes: Sequence[str], seed: int) -> Callable[[Provider], Truth]:
@@ -272,6 +277,14 @@ def _slack(provider: Provider) -> float:
 # --- a case becomes rows ---
 
 
+def _has_gradient(x: Tensor) -> bool:
+    return x.is_floating_point() and x.itemsize > 1
+
+
+def _leaves(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [x.detach().requires_grad_(_has_gradient(x)) for x in inputs]
+
+
 def _turns(case: Case, inputs: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     """The inputs, and others in which copies stand for what is cold: called in turn, each is out of every cache."""
     size = sum(inputs[i].nbytes for i in case.cold)
@@ -284,7 +297,7 @@ def _contender(
     provider: Provider, mode: str, function: Callable[..., Tensor], turns: Sequence[Sequence[Tensor]], grad: Tensor
 ) -> Contender:
     plain = itertools.cycle(turns)
-    training = itertools.cycle([[x.detach().requires_grad_() for x in inputs] for inputs in turns])
+    training = itertools.cycle([_leaves(inputs) for inputs in turns])
     made: list[tuple[Tensor, list[Tensor]]] = []
 
     def forward() -> Tensor:
@@ -297,11 +310,12 @@ def _contender(
 
     def backward() -> object:
         out, leaves = made.pop()
-        return torch.autograd.grad(out, leaves, grad, allow_unused=True)
+        return torch.autograd.grad(out, [x for x in leaves if x.requires_grad], grad, allow_unused=True)
 
     def both() -> object:
         leaves = next(training)
-        return torch.autograd.grad(function(*leaves), leaves, grad, allow_unused=True)
+        wanted = [x for x in leaves if x.requires_grad]
+        return torch.autograd.grad(function(*leaves), wanted, grad, allow_unused=True)
 
     def on_its_threads() -> object:
         with threads(provider.threads):

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import torch
 
-from accel.benchmarks import _choice, flash_training, models, moe_experts, moe_training, report
+from accel.benchmarks import (
+    _choice,
+    flash_training,
+    fp8_linear,
+    fp8_training,
+    models,
+    moe_experts,
+    moe_training,
+    report,
+)
 from accel.benchmarks._ceilings import measure_ceilings
 from accel.benchmarks._choice import BUDGET, FAMILIES, FAMILY, GOALS, OPS, PROVIDERS
 from accel.benchmarks._machine import LEVEL, Load, device_name, environment, pin_allocator
@@ -247,6 +256,7 @@ class Suite:
         known = (
             (flash_training.NAME, "language models of FLASH and of softmax attention", self._language),
             (moe_experts.NAME, "language models of experts, with each way to balance them", self._balance),
+            (fp8_linear.NAME, "language models in bf16 and in eight bits", self._eight_bits),
         )
         options = self.options
         for op, name, do in known:
@@ -344,6 +354,13 @@ class Suite:
         results, tick = self.results, self._ticking(label, len(moe_training.METHODS) * text.steps)
         with self._noting(label):
             results.balance = moe_training.train_all(text, self.options.seed, tick)
+
+    def _eight_bits(self, label: str) -> None:
+        text = fp8_training.TEXT
+        results, tick = self.results, self._ticking(label, 2 * len(fp8_training.SEEDS) * text.steps)
+        with self._noting(label):
+            results.eight_bits = fp8_training.train_all(text, tick)
+            results.values |= fp8_training.differences(results.eight_bits)
 
     def _ticking(self, label: str, steps: int) -> Callable[[], None]:
         """Says which step it is, of all."""

@@ -7,6 +7,7 @@ from torch import nn
 from accel.patches import (
     diffusers,
     flash_pytorch,
+    fp8,
     mmcv,
     mmpose,
     mossformer,
@@ -23,7 +24,7 @@ __all__ = ["FUNCTIONS", "TABLE", "Entry", "Function", "class_path", "target_of"]
 
 LIBRARIES = (
     *(torch_nn, torchvision, timm, transformers, transformers_vision, diffusers, mmcv),
-    *(flash_pytorch, mmpose, mossformer),
+    *(flash_pytorch, mmpose, mossformer, fp8),
 )
 TABLE: dict[str, Entry] = {e.target: e for library in LIBRARIES for e in library.ENTRIES}
 FUNCTIONS: dict[str, Function] = {f.target: f for f in (*torchvision.FUNCTIONS, *transformers_mamba2.FUNCTIONS)}

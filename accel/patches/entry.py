@@ -130,9 +130,17 @@ def why_not_bypass(owner: nn.Module, **children: str) -> str | None:
             return f"a hook for all modules is registered, and would not see {name}"
         if covers(child, "forward") is not None:
             return f"{name} has a forward of its own"
-        for key, x in child._parameters.items():
-            if x is not None and not _is_plain(type(x)):
-                return f"{key} of {name} is a {class_path(type(x))}, not a plain parameter{_order(type(x))}"
+        if (reason := why_not_plain(child, name)) is not None:
+            return reason
+    return None
+
+
+def why_not_plain(module: nn.Module, name: str | None = None) -> str | None:
+    """Why a parameter of ``module`` is not what an op of torch takes it for."""
+    of = "" if name is None else f" of {name}"
+    for key, x in module._parameters.items():
+        if x is not None and not _is_plain(type(x)):
+            return f"{key}{of} is a {class_path(type(x))}, not a plain parameter{_order(type(x))}"
     return None
 
 

@@ -7,7 +7,7 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ class Replacement(Stand):
 
     steps_aside = True
 
-    def __init__(self, module: nn.Module, target: str) -> None:
+    def __init__(self, module: nn.Module, target: str, how: Mapping[str, Any] | None = None) -> None:
         super().__init__(module)
         self.target = target
+        self.how = dict(how or {})
+        """What the op is told beside the call's arguments."""
         self._method = _method_of(module, self.entry)
 
     @property
@@ -59,7 +61,8 @@ class Replacement(Stand):
         self.count(reason)
         if reason is not None:
             return own(module, *args, **kwargs)
-        return entry.compute(module, self.attend, **given)
+        attend = functools.partial(self.attend, **self.how) if self.how else self.attend
+        return entry.compute(module, attend, **given)
 
     def _why_not(self, first: Any, given: dict[str, Any]) -> str | None:
         entry, module = self.entry, self.module

@@ -117,6 +117,7 @@ def test_ops_and_recipes_choose():
     known = (
         "deform_conv2d",
         "flash_mix",
+        "fp8_linear",
         "gau_attention",
         "linear_attention",
         "moe_experts",
