@@ -77,4 +77,149 @@ inline void store_two_bytes(uint8_t* p, vu a, vu b) {
   }
 }
 
+// --- codes to fp32 ---
+
+template <typename T>
+constexpr bool IS_CODE = std::is_same_v<T, e4m3> || std::is_same_v<T, e5m2>;
+
+// What decoded numbers are yet to be multiplied with: read as an fp16, whose exponents go down to −14, an e4m3 is 2⁸ too
+// small.
+#if defined(__F16C__)
+template <typename T>
+constexpr float FACTOR = std::is_same_v<T, e4m3> ? 256.0f : 1.0f;
+#else
+template <typename T>
+constexpr float FACTOR = 1.0f;
+#endif
+
+// The numbers of codes, a word each, by integer arithmetic.
+template <typename F>
+inline vf numbers_of(vu code) {
+  constexpr int SHIFT = 23 - F::MANTISSA;
+  constexpr uint32_t NORMAL = 1u << F::MANTISSA, OTHER = F::MANTISSA == 3 ? 0x7f : 0x7c;
+  const vu size = code & 0x7fu;
+  const vf normal = reinterpret_cast<vf>((size << SHIFT) + (uint32_t(F::LEAST - 1) << 23));
+  const vf step = reinterpret_cast<vf>(vu{} + (uint32_t(F::LEAST - F::MANTISSA) << 23));
+  const vf subnormal = __builtin_convertvector(reinterpret_cast<vi>(size), vf) * step;
+  const vf other = reinterpret_cast<vf>((size << SHIFT) | INFINITE);  // a NaN where the mantissa is not 0
+  const vf finite = where(below(reinterpret_cast<vi>(size), vi{} + int(NORMAL)), subnormal, normal);
+  const vf x = where(below(reinterpret_cast<vi>(size), vi{} + int(OTHER)), finite, other);
+  return reinterpret_cast<vf>(reinterpret_cast<vu>(x) | ((code & 0x80u) << 24));
+}
+
+inline float to_float(e4m3 x) { return numbers_of<e4m3>(vu{} + x.bits)[0]; }
+inline float to_float(e5m2 x) { return numbers_of<e5m2>(vu{} + x.bits)[0]; }
+
+// A step is 4·W elements in the order in which codes are decoded with the least effort: in vectors 0 and 1 those at even
+// places, in 2 and 3 those at odd ones.
+constexpr int STEP = 4 * W;
+
+template <int FIRST, int... I>
+inline vf every_other(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + FIRST)...);
+}
+template <int FROM, int... I>
+inline vf in_turn(vf a, vf b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, ((I & 1) * W + FROM + I / 2)...);
+}
+
+// The order in which elements lie, from that of steps.
+inline void put_in_order(vf* x) {
+  constexpr auto ALL = std::make_integer_sequence<int, W>{};
+  const vf a = x[0], b = x[1], c = x[2], d = x[3];
+  x[0] = in_turn<0>(a, c, ALL), x[1] = in_turn<W / 2>(a, c, ALL);
+  x[2] = in_turn<0>(b, d, ALL), x[3] = in_turn<W / 2>(b, d, ALL);
+}
+
+// The first n of a step's codes, as pairs, zeros behind them.
+template <typename F>
+inline vh2 load_pairs(const F* p, int64_t n) {
+  if (n >= STEP) return *reinterpret_cast<const vh2_unaligned*>(p);
+  alignas(64) F some[STEP]{};
+  std::memcpy(some, p, size_t(n));
+  return *reinterpret_cast<const vh2_unaligned*>(some);
+}
+
+#if defined(__F16C__)
+// Codes that no fp16 of their bits stands for: NaN of e4m3.
+inline bool any_nan(vh2 codes) {
+#if defined(__AVX512F__)
+  const __m512i ones = _mm512_set1_epi8(-1), sign = _mm512_set1_epi8(-128);
+  return _mm512_cmpeq_epi8_mask(_mm512_or_si512(reinterpret_cast<__m512i>(codes), sign), ones) != 0;
+#else
+  const __m256i sign = _mm256_set1_epi8(-128);
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_or_si256(reinterpret_cast<__m256i>(codes), sign), _mm256_set1_epi8(-1)));
+#endif
+}
+
+// fp32 of the first and of the last W halves.
+inline void widen(vh2 halves, vf& first, vf& last) {
+#if defined(__AVX512F__)
+  const __m512i x = reinterpret_cast<__m512i>(halves);
+  first = reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, _mm512_castsi512_si256(x)));
+  last = reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xff, x, 1)));
+#else
+  const __m256i x = reinterpret_cast<__m256i>(halves);
+  first = reinterpret_cast<vf>(_mm256_cvtph_ps(_mm256_castsi256_si128(x)));
+  last = reinterpret_cast<vf>(_mm256_cvtph_ps(_mm256_extracti128_si256(x, 1)));
+#endif
+}
+#endif
+
+template <typename F>
+[[gnu::noinline]] void decode_one_by_one(vh2 codes, vf* x) {
+  alignas(64) F some[STEP];
+  std::memcpy(some, &codes, sizeof some);
+  for (int i = 0; i < STEP; ++i) x[i % 2 * 2 + i / (2 * W)][i / 2 % W] = to_float(some[i]) * (1.0f / FACTOR<F>);
+}
+
+// The numbers of a step over FACTOR<F>.
+template <typename F>
+inline void decode(vh2 codes, vf* x) {
+#if defined(__F16C__)
+  typedef int16_t vs2 __attribute__((vector_size(W * 4)));
+  vh2 even = codes << 8, odd = codes & uint16_t(0xff00);
+  if constexpr (std::is_same_v<F, e4m3>) {  // an exponent of four bits where fp16 has five
+    even = reinterpret_cast<vh2>(reinterpret_cast<vs2>(even) >> 1) & uint16_t(0xbf80);
+    odd = reinterpret_cast<vh2>(reinterpret_cast<vs2>(codes) >> 1) & uint16_t(0xbf80);
+  }
+  widen(even, x[0], x[1]), widen(odd, x[2], x[3]);
+  if constexpr (std::is_same_v<F, e4m3>)
+    if (__builtin_expect(any_nan(codes), 0)) decode_one_by_one<F>(codes, x);
+#else
+  const vu words = reinterpret_cast<vu>(codes);
+  const vf a = numbers_of<F>(words & 0xffu), b = numbers_of<F>((words >> 8) & 0xffu);
+  const vf c = numbers_of<F>((words >> 16) & 0xffu), d = numbers_of<F>(words >> 24);
+  constexpr auto ALL = std::make_integer_sequence<int, W>{};
+  x[0] = in_turn<0>(a, c, ALL), x[1] = in_turn<W / 2>(a, c, ALL);
+  x[2] = in_turn<0>(b, d, ALL), x[3] = in_turn<W / 2>(b, d, ALL);
+#endif
+}
+
+// The first n elements of a step, zeros behind them, over FACTOR<T>.
+template <typename T>
+inline void load_step(const T* p, int64_t n, vf* x) {
+  if constexpr (IS_CODE<T>) {
+    decode<T>(load_pairs(p, n), x);
+  } else {
+    vf each[4];
+    for (int i = 0; i < 4; ++i) each[i] = n > i * W ? load_some(p + i * W, n - i * W) : vf{};
+    constexpr auto ALL = std::make_integer_sequence<int, W>{};
+    x[0] = every_other<0>(each[0], each[1], ALL), x[1] = every_other<0>(each[2], each[3], ALL);
+    x[2] = every_other<1>(each[0], each[1], ALL), x[3] = every_other<1>(each[2], each[3], ALL);
+  }
+}
+
+// The same as they lie, themselves.
+template <typename T>
+inline void load_in_order(const T* p, int64_t n, vf* x) {
+  if constexpr (IS_CODE<T>) {
+    decode<T>(load_pairs(p, n), x);
+    put_in_order(x);
+    for (int i = 0; i < 4; ++i) x[i] *= FACTOR<T>;
+  } else {
+    for (int i = 0; i < 4; ++i) x[i] = n > i * W ? load_some(p + i * W, n - i * W) : vf{};
+  }
+}
+
 }  // namespace accel::ACCEL_ISA

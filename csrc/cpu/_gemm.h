@@ -24,6 +24,9 @@ struct Gemm {
   int64_t ldi;
   int K;
   float mul = 1.0f;  // only with PAIRS, whose operands cannot take a factor without rounding again
+  // only if SCALED: the product in row m and column n is multiplied with of_rows[m] · of_columns[n]
+  const float* of_rows = nullptr;
+  const float* of_columns = nullptr;
 };
 
 // Registers hold MR × NV accumulators beside NV vectors of B and one of A.
@@ -55,7 +58,7 @@ inline vf broadcast(const float* p) {
   return reinterpret_cast<vf>(word - vi{});
 }
 
-template <bool PAIRS, int MR, int NV>
+template <bool PAIRS, bool SCALED, int MR, int NV>
 inline void micro(const Gemm& g, int64_t row, int64_t col) {
   const float* a = g.a + row * g.row_a;
   const float* b = g.b + col;
@@ -79,44 +82,47 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
-      if constexpr (PAIRS) acc[m][v] *= g.mul;
+      if constexpr (SCALED)
+        acc[m][v] *= g.of_rows[row + m] * load(g.of_columns + col + v * W);
+      else if constexpr (PAIRS)
+        acc[m][v] *= g.mul;
       // added last: a long sum made of many products is rounded once a product, not once a term
       if (g.init) acc[m][v] += load(g.init + (row + m) * g.ldi + col + v * W);
       store(g.c + (row + m) * g.ldc + col + v * W, acc[m][v]);
     }
 }
 
-template <bool PAIRS, int NV, int MR>
+template <bool PAIRS, bool SCALED, int NV, int MR>
 inline void micro_rows(const Gemm& g, int rows, int64_t row, int64_t col) {
   if constexpr (MR > 1) {
-    if (rows < MR) return micro_rows<PAIRS, NV, MR - 1>(g, rows, row, col);
+    if (rows < MR) return micro_rows<PAIRS, SCALED, NV, MR - 1>(g, rows, row, col);
   }
-  micro<PAIRS, MR, NV>(g, row, col);
+  micro<PAIRS, SCALED, MR, NV>(g, row, col);
 }
 
 // Rows split evenly: 49 rows as 10 10 10 10 9 keep every tile busy, where 12 12 12 12 1 would end in a slow one.
-template <bool PAIRS, int NV>
+template <bool PAIRS, bool SCALED, int NV>
 inline void panel(const Gemm& g, int M, int64_t col) {
   constexpr int MR = max_rows(NV);
   int tiles = (M + MR - 1) / MR;
   for (int t = 0, row = 0; t < tiles; ++t) {
     int rows = (M - row + tiles - t - 1) / (tiles - t);
-    micro_rows<PAIRS, NV, MR>(g, rows, row, col);
+    micro_rows<PAIRS, SCALED, NV, MR>(g, rows, row, col);
     row += rows;
   }
 }
 
-template <bool PAIRS = false>
+template <bool PAIRS = false, bool SCALED = false>
 inline void gemm(const Gemm& g, int M, int nv) {
   int panels = (nv + MAX_NV - 1) / MAX_NV;
   for (int p = 0, v = 0; p < panels; ++p) {
     int width = (nv - v + panels - p - 1) / (panels - p);
     int64_t col = int64_t(v) * W;
-    if (width == 1) panel<PAIRS, 1>(g, M, col);
-    if (width == 2) panel<PAIRS, 2>(g, M, col);
+    if (width == 1) panel<PAIRS, SCALED, 1>(g, M, col);
+    if (width == 2) panel<PAIRS, SCALED, 2>(g, M, col);
     if constexpr (MAX_NV >= 4) {
-      if (width == 3) panel<PAIRS, 3>(g, M, col);
-      if (width == 4) panel<PAIRS, 4>(g, M, col);
+      if (width == 3) panel<PAIRS, SCALED, 3>(g, M, col);
+      if (width == 4) panel<PAIRS, SCALED, 4>(g, M, col);
     }
     v += width;
   }

@@ -180,6 +180,15 @@ inline void load_row(const T* src, float* dst, int n, int padded) {
   for (; i < padded; ++i) dst[i] = 0.0f;
 }
 
+// The first n elements, zeros behind them.
+template <typename T>
+inline vf load_some(const T* p, int64_t n) {
+  if (n >= W) return load(p);
+  alignas(64) T some[W]{};
+  std::memcpy(some, p, size_t(n) * sizeof(T));
+  return load(some);
+}
+
 template <typename T>
 inline void store_row(T* dst, const float* src, int n, float mul) {
   int i = 0;

@@ -139,6 +139,20 @@ class Product:
         return self.name
 
 
+def exact_product(given, a_block, b_block):
+    """The product in float64 of the dequantised operands of a call, made without the op's own reference."""
+
+    def numbers(x, scale, block):
+        if scale is None:
+            return x.double()
+        rows, cols = [size or whole for size, whole in zip(block, x.shape, strict=True)]
+        spread = scale.float().double().repeat_interleave(rows, 0)[: x.shape[0]]
+        return x.float().double() * spread.repeat_interleave(cols, 1)[:, : x.shape[1]]
+
+    out = numbers(given["a"], given["a_scale"], a_block) @ numbers(given["b"], given["b_scale"], b_block).t()
+    return out if given["bias"] is None else out + given["bias"].double()
+
+
 WEIGHT_ONLY = None
 TENSOR = (None, None)
 ROW = (1, None)

@@ -3,34 +3,21 @@
 import pytest
 import torch
 from _bad import Bad, check_bad, each, zeros
-from _fp8_cases import E4M3, INPUTS, PRODUCTS, Product, random_matrix
+from _fp8_cases import DTYPES, E4M3, INPUTS, PRODUCTS, WEIGHT_ONLY, Product, exact_product, random_matrix, value_of
 
 import accel
-from accel.testing import assert_close, assert_same
+from accel.testing import assert_close, assert_same, guard, threads
+from accel.testing.running import Recorder, poisoned
+from accel.testing.values import LEVELS, at_level
 
-BACKENDS = ("reference",)
-
-
-def exact(case, given):
-    """The product in float64 of the dequantised operands, made without the op's own reference."""
-
-    def numbers(x, scale, block):
-        if scale is None:
-            return x.double()
-        rows, cols = [size or whole for size, whole in zip(block, x.shape, strict=True)]
-        spread = scale.float().double().repeat_interleave(rows, 0)[: x.shape[0]]
-        return x.float().double() * spread.repeat_interleave(cols, 1)[:, : x.shape[1]]
-
-    b = numbers(given["b"], given["b_scale"], case.b_block)
-    out = numbers(given["a"], given["a_scale"], case.a_block) @ b.t()
-    return out if given["bias"] is None else out + given["bias"].double()
+BACKENDS = ("cpu", "reference")
 
 
 def check_product(backend, case, dtype, **change):
     given = {**case.make(dtype), **change}
     got = accel.fp8_gemm(**given, backend=backend)
     assert got.dtype == dtype
-    assert_close(got, exact(case, given), "fp8", dtype, str(case))
+    assert_close(got, exact_product(given, case.a_block, case.b_block), "fp8", dtype, str(case))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,6 +58,89 @@ def test_empty(sizes, backend):
     a_scale, b_scale = zeros(M, -(-K // 128)), zeros(-(-N // 128), -(-K // 128))
     out = accel.fp8_gemm(a, a_scale, b, b_scale, bias=bias, backend=backend)
     assert_same(out, bias.bfloat16().expand(M, N), "an empty product is the bias")
+
+
+# --- the kernels of CPUs ---
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", INPUTS)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_cpu_at_every_level(case, dtype, level):
+    with at_level(level):
+        check_product("cpu", case, dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_cpu_multiplies_every_code(rows, turned, level):
+    """Each of the 256 in a row of its own, at a place of its own, by ones; NaN and infinities among them."""
+    codes = torch.arange(256)
+    for dtype in DTYPES:
+        b = zeros(256, 131, dtype=torch.uint8)
+        b[codes, codes % 131] = codes.byte()
+        b = b.t().contiguous().t() if turned else b
+        want = torch.tensor([value_of(code, dtype) for code in range(256)]).expand(rows, 256)
+        for a, scale in ((torch.ones(rows, 131), None), (torch.ones(rows, 131).to(E4M3), torch.ones(rows, 2))):
+            given = {"a": a, "a_scale": scale, "b": b.view(dtype), "b_scale": torch.ones(2, 2)}
+            with at_level(level):
+                got = accel.fp8_gemm(**given, out_dtype=torch.float32, backend="cpu")
+            assert_same(got, want, f"codes of b, {dtype}")
+        if rows == 40:
+            given = {"a": b.contiguous().view(dtype), "a_scale": torch.ones(256, 2)}
+            ones = torch.ones(131, 7).to(E4M3) if turned else torch.ones(7, 131).to(E4M3)
+            given |= {"b": ones.t() if turned else ones, "b_scale": torch.ones(1, 2), "out_dtype": torch.float32}
+            with at_level(level):
+                got = accel.fp8_gemm(**given, backend="cpu")
+            assert_same(got, want[:1].t().expand(256, 7), f"codes of a, {dtype}")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("depth", [4096, 16384])
+@pytest.mark.parametrize("rows", [2, 24])
+def test_cpu_sums_are_fp32(rows, depth, level):
+    for kind in ("normal", "lognormal"):
+        for a_block, b_block, turned in (
+            ((1, 128), (128, 128), False),
+            ((1, 128), (1, 128), True),
+            ((1, None),) * 2 + (0,),
+        ):
+            case = Product("", rows, 70, depth, a_block, b_block, turned=bool(turned), kind=kind)
+            given = case.make()
+            want = exact_product(given, a_block, b_block)
+            with at_level(level):
+                got = accel.fp8_gemm(**given, backend="cpu").double()
+            assert (got - want).norm() <= 1e-6 * want.norm(), f"{case}, {kind}"
+
+
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_cpu_threads_and_fresh_memory_change_no_bit(case):
+    given = case.make()
+    want = accel.fp8_gemm(**given, backend="cpu")
+    for count in (1, 2, 3):
+        with threads(count), poisoned():
+            assert_same(accel.fp8_gemm(**given, backend="cpu"), want, f"{count} threads")
+
+
+def test_cpu_reads_and_writes_nothing_beyond():
+    calls = []
+    for i, case in enumerate(PRODUCTS):
+        with Recorder() as recorder:
+            accel.fp8_gemm(**case.make(INPUTS[i % 3]), backend="cpu")
+        calls += [(str(case), overload.name(), args) for overload, args in recorder.calls]
+    assert [name for _, name, _ in calls].count("accel::fp8_gemm") == len(PRODUCTS)
+    guard.replay(calls, ("accel", "accel._C"))
+
+
+def test_cpu_makes_no_float64():
+    given = Product("", 3, 4, 5, WEIGHT_ONLY).make()
+    for change in ({"out_dtype": torch.float64}, {"a": given["a"].double()}):
+        with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
+            accel.fp8_gemm(**{**given, **change}, backend="cpu")
+
+
+# --- around it ---
 
 
 def test_against_what_was_quantised():

@@ -73,6 +73,14 @@ def _why_not_triton(args: Args) -> str | None:
     return _triton.why_not(args) or why_not_out(args)
 
 
+def _why_not_cpu(args: Args) -> str | None:
+    return backends.why_not_native(args) or why_not_out(args)
+
+
+def _run_native(*args: Any) -> Any:
+    return torch.ops.accel_native.fp8_gemm.default(*args)
+
+
 def why_not_out(args: Args) -> str | None:
     """Kernels sum in fp32."""
     if args.out_dtype == "float64" or args.a.dtype == torch.float64:
@@ -265,6 +273,7 @@ OP = dispatch.register(
         prepare=_prepare,
         example=_example,
         backends=(
+            dispatch.Backend("cpu", _why_not_cpu, _run_native, None, frozenset({"cpu"}), KERNEL_DTYPES),
             dispatch.Backend("triton", _why_not_triton, _triton.forward, None, frozenset({"cuda"}), KERNEL_DTYPES),
             dispatch.Backend("reference", lambda args: None, reference),
         ),

@@ -14,15 +14,6 @@ namespace {
 constexpr int64_t SPAN = 1 << 14;  // elements that are measured, then encoded, while they are in a cache
 constexpr int64_t WIDE = 32;       // columns of a block from which on it is measured as a whole
 
-// The first n elements at p, zeros behind them.
-template <typename T>
-inline vf load_some(const T* p, int64_t n) {
-  if (n >= W) return load(p);
-  alignas(64) T some[W]{};
-  std::memcpy(some, p, size_t(n) * sizeof(T));
-  return load(some);
-}
-
 // The largest finite absolute value is the largest of its bits. What is not finite becomes negative, as counts from the
 // exponent of 1 on; the least is 0.
 inline vi size_of(vf x) {
