@@ -1,0 +1,210 @@
+"""Products of eight-bit numbers in Triton. Every tile of the result has one program that writes it, and its sums have
+one order, with no atomics.
+
+A chunk as deep as a scale is one ``tl.dot`` without accumulator, whose fp32 result is then multiplied with the scales
+and added up: Hopper's tensor cores keep some 14 bits of a sum. Where there are none for eight bits, codes become fp16,
+which holds all of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from accel.backends import KERNEL_DTYPES, why_not_gpu
+from accel.kernels import _launch
+from accel.kernels._launch import Launch
+from accel.kernels.fp8.codes import FORMATS, Format, decode
+from accel.ops.fp8.fp8_gemm import OUT_DTYPES, Args
+
+__all__ = ["compile_cases", "forward", "why_not"]
+
+INTS = ["rows", "outputs", "depth", "stride", "a_rows", "b_rows", "span", "chunks"]
+"""Integers on whose values no kernel is specialised: M, N, K, and what follows from blocks."""
+UNIT = tl.constexpr(16)
+"""What rows of operands in memory are multiples of, and are given in, so that 16 bytes are read at once."""
+NEIGHBOURS = tl.constexpr(8)
+"""Tiles of rows that take the same columns at about the same time, which the L2 cache then holds."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tile of a program: rows, columns, and how much of what is summed over it takes at once."""
+
+    rows: int
+    outputs: int
+    depth: int
+    dot: Any
+    """What tensor cores multiply; None for codes as they are."""
+    a_format: Format | None
+    """None where a has plain numbers."""
+    b_format: Format
+    b_turned: bool
+    chunks: bool
+    """Whether each chunk has scales of its own."""
+    a_one: bool
+    b_one: bool
+    """Whether the rows of a tile have one scale."""
+
+
+# --- the kernel ---
+
+
+@triton.jit
+def operand(x, FORMAT: tl.constexpr, DOT: tl.constexpr):
+    """Codes or plain numbers as ``tl.dot`` takes them."""
+    if FORMAT is None:
+        return x.to(DOT)
+    elif DOT is not None:
+        return decode(x, FORMAT, DOT)
+    elif FORMAT.infinite:
+        return x.to(tl.float8e5, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def scale_at(ptr, first, ROWS: tl.constexpr, rows, block, chunks, ONE: tl.constexpr):
+    """Where the scales of the rows of a tile begin, and which are there; of its first row where all have one."""
+    if ONE:
+        row = first
+    else:
+        row = first + tl.arange(0, ROWS)
+    return ptr + row // block * chunks, row < rows
+
+
+@triton.jit
+def scales(at, there, chunk, OF_ROWS: tl.constexpr, ONE: tl.constexpr):
+    """The scales of a chunk, to be broadcast to a tile."""
+    scale = tl.load(at + chunk, mask=there, other=0.0)
+    if ONE:
+        return scale
+    elif OF_ROWS:
+        return scale[:, None]
+    else:
+        return scale[None, :]
+
+
+@triton.jit(do_not_specialize=INTS)
+def gemm_kernel(
+    out_ptr, a_ptr, b_ptr, a_scale_ptr, b_scale_ptr, bias_ptr, rows, outputs, depth, stride, a_rows, b_rows, span,
+    chunks, CONFIG: tl.constexpr,
+):  # fmt: skip
+    """A tile of the product. Scales are for ``span`` columns; ``stride`` is that of b."""
+    depth *= UNIT
+    stride *= UNIT
+    ROWS: tl.constexpr = CONFIG.rows
+    OUTPUTS: tl.constexpr = CONFIG.outputs
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS)
+    above = tl.program_id(0) // (NEIGHBOURS * across) * NEIGHBOURS
+    beside = tl.minimum(down - above, NEIGHBOURS)
+    within = tl.program_id(0) % (NEIGHBOURS * across)
+    first_row = (above + within % beside).to(tl.int64) * ROWS
+    first_column = (within // beside).to(tl.int64) * OUTPUTS
+    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, OUTPUTS)
+    if a_scale_ptr is not None:
+        a_at, a_there = scale_at(a_scale_ptr, first_row, ROWS, rows, a_rows, chunks, CONFIG.a_one)
+    b_at, b_there = scale_at(b_scale_ptr, first_column, OUTPUTS, outputs, b_rows, chunks, CONFIG.b_one)
+    acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+    for k0 in range(0, depth, CONFIG.depth):
+        k = k0 + tl.arange(0, CONFIG.depth)
+        inside = k < depth
+        a = tl.load(a_ptr + row[:, None] * depth + k[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0)
+        if CONFIG.b_turned:
+            at, there = k[:, None].to(tl.int64) * stride + column[None, :], column < stride
+        else:
+            at, there = column[None, :] * stride + k[:, None], column < outputs
+        b = tl.load(b_ptr + at, mask=inside[:, None] & there[None, :], other=0)
+        a, b = operand(a, CONFIG.a_format, CONFIG.dot), operand(b, CONFIG.b_format, CONFIG.dot)
+        part = tl.dot(a, b, input_precision="ieee")
+        if CONFIG.chunks:
+            part *= scales(b_at, b_there, k0 // span, False, CONFIG.b_one)
+            if a_scale_ptr is not None:
+                part *= scales(a_at, a_there, k0 // span, True, CONFIG.a_one)
+        acc += part
+    if not CONFIG.chunks:
+        acc *= scales(b_at, b_there, 0, False, CONFIG.b_one)
+        if a_scale_ptr is not None:
+            acc *= scales(a_at, a_there, 0, True, CONFIG.a_one)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + column, mask=column < outputs, other=0.0)[None, :]
+    mask = (row < rows)[:, None] & (column < outputs)[None, :]
+    tl.store(out_ptr + row[:, None] * outputs + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# --- launches ---
+
+
+def why_not(args: Any) -> str | None:
+    """Why these kernels cannot run the call; dtypes are judged by the op. ``torch.compile`` traces through this."""
+    reason = why_not_gpu(args.a, _launch.INTERPRETING)
+    if reason is not None:
+        return reason
+    M, N, K = args.sizes
+    if args.depth < K and args.depth % 32 != 0:
+        return f"it takes scales of multiples of 32 columns, not of {args.depth}"
+    if -(-M // 16) * -(-N // 32) >= 2**31:
+        return f"{M} x {N} is more than one launch can number"
+    return None
+
+
+def config(args: Args, capability: tuple[int, int]) -> tuple[Config, int, int]:
+    """A tile, its warps and stages. A chunk's sum and that of all lie in registers: 64 x 128 a group of four warps is
+    the most that they hold. What is multiplied without tensor cores, fp32, has small tiles. Not measured."""
+    M, N, K = args.sizes
+    chunks = args.depth < K
+    native = args.a_format != "" and capability >= (8, 9) and not _launch.INTERPRETING
+    plain = torch.float16 if args.a_format else args.a.dtype
+    if plain == torch.float32:
+        rows, outputs, depth, warps, stages = _launch.power_of_two(M, 16, 32), 32, 32, 4, 3
+    elif M <= 16:
+        rows, outputs, depth, warps, stages = 16, 32, 128, 4, 4
+    elif M <= 64 or not native:
+        rows, outputs, depth, warps, stages = 64, 64, 128, 4, 3
+    else:
+        rows, outputs, depth, warps, stages = 128, 128, 128, 8, 3 if capability[0] == 8 else 4
+    if chunks and args.depth % depth != 0:
+        depth = 32
+    tile = Config(
+        rows, outputs, depth, None if native else _launch.dot_dtype(plain), FORMATS.get(args.a_format),
+        FORMATS[args.b_format], args.b_turned, chunks, args.a_rows % rows == 0 or args.a_rows >= M,
+        args.b_rows % outputs == 0 or args.b_rows >= N,
+    )  # fmt: skip
+    return tile, warps, stages
+
+
+def gemm_launch(args: Args, out: Tensor, a: Tensor, b: Tensor, tile: tuple[Config, int, int]) -> Launch:
+    """``a`` and ``b`` are those of ``args``, with rows padded to units."""
+    (M, N), how = out.shape, tile[0]
+    return _launch.launch(
+        gemm_kernel, triton.cdiv(M, how.rows) * triton.cdiv(N, how.outputs), *tile[1:], out_ptr=out, a_ptr=a, b_ptr=b,
+        a_scale_ptr=args.a_scale, b_scale_ptr=args.b_scale, bias_ptr=args.bias, rows=M, outputs=N,
+        depth=a.shape[1] // UNIT.value, stride=b.shape[1] // UNIT.value, a_rows=args.a_rows, b_rows=args.b_rows,
+        span=args.depth, chunks=args.b_scale.shape[1], CONFIG=how,
+    )  # fmt: skip
+
+
+def padded(x: Tensor, rows: bool = False) -> Tensor:
+    """A matrix whose rows are whole units, and as many of them if asked for; what is added is 0."""
+    down, across = (-x.shape[0] % UNIT.value if rows else 0), -x.shape[1] % UNIT.value
+    return F.pad(x, (0, across, 0, down)) if down or across else x
+
+
+def forward(*given: Any) -> Tensor:
+    """Arguments are the fields of ``accel.ops.fp8.fp8_gemm.Args``."""
+    args = Args(*given)
+    M, N, _ = args.sizes
+    dtype = OUT_DTYPES[args.out_dtype]
+    out = torch.empty((M, N), dtype=_launch.store_dtype(dtype), device=args.a.device)
+    with _launch.device_of(args.a):
+        a, b = padded(args.a), padded(args.b, args.b_turned)
+        gemm_launch(args, out, a, b, config(args, _launch.capability(args.a))).run()
+    return out.to(dtype)
