@@ -1,9 +1,9 @@
 """Products of eight-bit numbers in Triton. Every tile of the result has one program that writes it, and its sums have
 one order, with no atomics.
 
-A chunk as deep as a scale is one ``tl.dot`` without accumulator, whose fp32 result is then multiplied with the scales
-and added up: Hopper's tensor cores keep some 14 bits of a sum. Where there are none for eight bits, codes become fp16,
-which holds all of them.
+A chunk of 128 columns is one ``tl.dot`` without accumulator, whose fp32 result is then multiplied with its scales and
+added up: tensor cores of Ada and Hopper keep some 14 bits of a sum. Where there are none for eight bits, codes become
+fp16, which holds all of them.
 """
 
 from __future__ import annotations
@@ -53,44 +53,59 @@ class Config:
     a_one: bool
     b_one: bool
     """Whether the rows of a tile have one scale."""
+    apart: bool
+    """Whether the sum of each chunk is to be kept apart from what tensor cores add up: something must stand between
+    the two, or Triton makes them one."""
+    out_unit: int
+    """What the number of columns is a multiple of, and is given in."""
 
 
 # --- the kernel ---
 
 
 @triton.jit
+def as_multiplied(ptr, FORMAT: tl.constexpr, DOT: tl.constexpr):
+    """Codes as numbers of eight bits where those are multiplied: cast in memory, not in registers, they go from shared
+    memory to the tensor cores."""
+    if FORMAT is None or DOT is not None:
+        return ptr
+    elif FORMAT.infinite:
+        return ptr.to(tl.pointer_type(tl.float8e5), bitcast=True)
+    else:
+        return ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+
+
+@triton.jit
 def operand(x, FORMAT: tl.constexpr, DOT: tl.constexpr):
     """Codes or plain numbers as ``tl.dot`` takes them."""
-    if FORMAT is None:
+    if DOT is None:
+        return x
+    elif FORMAT is None:
         return x.to(DOT)
-    elif DOT is not None:
+    else:
         return decode(x, FORMAT, DOT)
-    elif FORMAT.infinite:
-        return x.to(tl.float8e5, bitcast=True)
-    else:
-        return x.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
-def scale_at(ptr, first, ROWS: tl.constexpr, rows, block, chunks, ONE: tl.constexpr):
-    """Where the scales of the rows of a tile begin, and which are there; of its first row where all have one."""
-    if ONE:
-        row = first
+def scales_of_a(ptr, first, chunk, rows, block, chunks, CONFIG: tl.constexpr):
+    """The scales of a chunk of a tile's rows, to be broadcast."""
+    if ptr is None:
+        return 1.0
+    elif CONFIG.a_one:
+        return tl.load(ptr + first // block * chunks + chunk)
     else:
-        row = first + tl.arange(0, ROWS)
-    return ptr + row // block * chunks, row < rows
+        row = first + tl.arange(0, CONFIG.rows)
+        return tl.load(ptr + row * chunks + chunk, mask=row < rows, other=0.0)[:, None]
 
 
 @triton.jit
-def scales(at, there, chunk, OF_ROWS: tl.constexpr, ONE: tl.constexpr):
-    """The scales of a chunk, to be broadcast to a tile."""
-    scale = tl.load(at + chunk, mask=there, other=0.0)
-    if ONE:
-        return scale
-    elif OF_ROWS:
-        return scale[:, None]
+def scales_of_b(ptr, first, chunk, outputs, block, chunks, CONFIG: tl.constexpr):
+    """The same of its columns, whose scales lie side by side: a thread that kept an address for each would spill."""
+    if CONFIG.b_one:
+        return tl.load(ptr + first // block * chunks + chunk)
     else:
-        return scale[None, :]
+        column = first + tl.arange(0, CONFIG.outputs)
+        return tl.load(ptr + tl.cast(chunk, tl.int64) * outputs + column, mask=column < outputs, other=0.0)[None, :]
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -101,6 +116,8 @@ def gemm_kernel(
     """A tile of the product. Scales are for ``span`` columns; ``stride`` is that of b."""
     depth *= UNIT
     stride *= UNIT
+    OUT_UNIT: tl.constexpr = CONFIG.out_unit
+    outputs *= OUT_UNIT
     ROWS: tl.constexpr = CONFIG.rows
     OUTPUTS: tl.constexpr = CONFIG.outputs
     down, across = tl.cdiv(rows, ROWS), tl.cdiv(outputs, OUTPUTS)
@@ -110,30 +127,30 @@ def gemm_kernel(
     first_row = (above + within % beside).to(tl.int64) * ROWS
     first_column = (within // beside).to(tl.int64) * OUTPUTS
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, OUTPUTS)
-    if a_scale_ptr is not None:
-        a_at, a_there = scale_at(a_scale_ptr, first_row, ROWS, rows, a_rows, chunks, CONFIG.a_one)
-    b_at, b_there = scale_at(b_scale_ptr, first_column, OUTPUTS, outputs, b_rows, chunks, CONFIG.b_one)
+    a_ptr = as_multiplied(a_ptr, CONFIG.a_format, CONFIG.dot)
+    b_ptr = as_multiplied(b_ptr, CONFIG.b_format, CONFIG.dot)
     acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for k0 in range(0, depth, CONFIG.depth):
         k = k0 + tl.arange(0, CONFIG.depth)
         inside = k < depth
-        a = tl.load(a_ptr + row[:, None] * depth + k[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0)
+        a = tl.load(a_ptr + row[:, None] * depth + k[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         if CONFIG.b_turned:
             at, there = k[:, None].to(tl.int64) * stride + column[None, :], column < stride
         else:
             at, there = column[None, :] * stride + k[:, None], column < outputs
-        b = tl.load(b_ptr + at, mask=inside[:, None] & there[None, :], other=0)
+        b = tl.load(b_ptr + at, mask=inside[:, None] & there[None, :], other=0.0)
         a, b = operand(a, CONFIG.a_format, CONFIG.dot), operand(b, CONFIG.b_format, CONFIG.dot)
         part = tl.dot(a, b, input_precision="ieee")
         if CONFIG.chunks:
-            part *= scales(b_at, b_there, k0 // span, False, CONFIG.b_one)
-            if a_scale_ptr is not None:
-                part *= scales(a_at, a_there, k0 // span, True, CONFIG.a_one)
+            scale = scales_of_a(a_scale_ptr, first_row, k0 // span, rows, a_rows, chunks, CONFIG)
+            part *= scale * scales_of_b(b_scale_ptr, first_column, k0 // span, outputs, b_rows, chunks, CONFIG)
+        elif CONFIG.apart:
+            part *= scales_of_a(a_scale_ptr, first_row, 0, rows, a_rows, chunks, CONFIG)
         acc += part
     if not CONFIG.chunks:
-        acc *= scales(b_at, b_there, 0, False, CONFIG.b_one)
-        if a_scale_ptr is not None:
-            acc *= scales(a_at, a_there, 0, True, CONFIG.a_one)
+        acc *= scales_of_b(b_scale_ptr, first_column, 0, outputs, b_rows, chunks, CONFIG)
+        if not CONFIG.apart:
+            acc *= scales_of_a(a_scale_ptr, first_row, 0, rows, a_rows, chunks, CONFIG)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=column < outputs, other=0.0)[None, :]
     mask = (row < rows)[:, None] & (column < outputs)[None, :]
@@ -151,32 +168,34 @@ def why_not(args: Any) -> str | None:
     M, N, K = args.sizes
     if args.depth < K and args.depth % 32 != 0:
         return f"it takes scales of multiples of 32 columns, not of {args.depth}"
+    for name, block, size in (("a", args.a_rows, M), ("b", args.b_rows, N)):
+        if block < size and block != 1 and block % 128 != 0:
+            return f"it takes scales of one row, of all, or of multiples of 128, not of {block} rows of {name}"
     if -(-M // 16) * -(-N // 32) >= 2**31:
         return f"{M} x {N} is more than one launch can number"
     return None
 
 
 def config(args: Args, capability: tuple[int, int]) -> tuple[Config, int, int]:
-    """A tile, its warps and stages. A chunk's sum and that of all lie in registers: 64 x 128 a group of four warps is
-    the most that they hold. What is multiplied without tensor cores, fp32, has small tiles. Not measured."""
+    """A tile, its warps and stages. A chunk's sum and that of all lie in registers: 64 x 128 for four warps is the most
+    that they hold, and half of it where a thread writes single numbers. Not measured."""
     M, N, K = args.sizes
-    chunks = args.depth < K
     native = args.a_format != "" and capability >= (8, 9) and not _launch.INTERPRETING
-    plain = torch.float16 if args.a_format else args.a.dtype
-    if plain == torch.float32:
+    dtype = torch.float16 if args.a_format else args.a.dtype
+    unit = 1 if N % UNIT.value else UNIT.value
+    if dtype == torch.float32:  # multiplied without tensor cores, from registers
         rows, outputs, depth, warps, stages = _launch.power_of_two(M, 16, 32), 32, 32, 4, 3
-    elif M <= 16:
-        rows, outputs, depth, warps, stages = 16, 32, 128, 4, 4
-    elif M <= 64 or not native:
+    elif M <= 64:  # narrow, so that there are enough programs to read b
+        rows, outputs, depth, warps, stages = 16 if M <= 16 else 64, 32, 128, 4, 4
+    elif not native:
         rows, outputs, depth, warps, stages = 64, 64, 128, 4, 3
     else:
-        rows, outputs, depth, warps, stages = 128, 128, 128, 8, 3 if capability[0] == 8 else 4
-    if chunks and args.depth % depth != 0:
-        depth = 32
+        rows, outputs, depth, warps, stages = 128, 64 if unit == 1 else 128, 128, 8, 3 if capability[0] == 8 else 4
+    chunks = args.depth < K
     tile = Config(
-        rows, outputs, depth, None if native else _launch.dot_dtype(plain), FORMATS.get(args.a_format),
-        FORMATS[args.b_format], args.b_turned, chunks, args.a_rows % rows == 0 or args.a_rows >= M,
-        args.b_rows % outputs == 0 or args.b_rows >= N,
+        rows, outputs, 32 if chunks and args.depth % depth else depth, None if native else _launch.dot_dtype(dtype),
+        FORMATS.get(args.a_format), FORMATS[args.b_format], args.b_turned, chunks, args.a_rows % rows == 0 or
+        args.a_rows >= M, args.b_rows % outputs == 0 or args.b_rows >= N, native and capability < (10, 0), unit,
     )  # fmt: skip
     return tile, warps, stages
 
@@ -184,9 +203,10 @@ def config(args: Args, capability: tuple[int, int]) -> tuple[Config, int, int]:
 def gemm_launch(args: Args, out: Tensor, a: Tensor, b: Tensor, tile: tuple[Config, int, int]) -> Launch:
     """``a`` and ``b`` are those of ``args``, with rows padded to units."""
     (M, N), how = out.shape, tile[0]
+    b_scale = args.b_scale if how.b_one else args.b_scale.t().contiguous()
     return _launch.launch(
         gemm_kernel, triton.cdiv(M, how.rows) * triton.cdiv(N, how.outputs), *tile[1:], out_ptr=out, a_ptr=a, b_ptr=b,
-        a_scale_ptr=args.a_scale, b_scale_ptr=args.b_scale, bias_ptr=args.bias, rows=M, outputs=N,
+        a_scale_ptr=args.a_scale, b_scale_ptr=b_scale, bias_ptr=args.bias, rows=M, outputs=N // how.out_unit,
         depth=a.shape[1] // UNIT.value, stride=b.shape[1] // UNIT.value, a_rows=args.a_rows, b_rows=args.b_rows,
         span=args.depth, chunks=args.b_scale.shape[1], CONFIG=how,
     )  # fmt: skip
