@@ -53,9 +53,6 @@ class Config:
     a_one: bool
     b_one: bool
     """Whether the rows of a tile have one scale."""
-    apart: bool
-    """Whether the sum of each chunk is to be kept apart from what tensor cores add up: something must stand between
-    the two, or Triton makes them one."""
     out_unit: int
     """What the number of columns is a multiple of, and is given in."""
 
@@ -66,24 +63,22 @@ class Config:
 @triton.jit
 def as_multiplied(ptr, FORMAT: tl.constexpr, DOT: tl.constexpr):
     """Codes as numbers of eight bits where those are multiplied: cast in memory, not in registers, they go from shared
-    memory to the tensor cores."""
+    memory to tensor cores."""
     if FORMAT is None or DOT is not None:
         return ptr
-    elif FORMAT.infinite:
-        return ptr.to(tl.pointer_type(tl.float8e5), bitcast=True)
     else:
-        return ptr.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+        return ptr.to(tl.pointer_type(tl.float8e5 if FORMAT.infinite else tl.float8e4nv), bitcast=True)
 
 
 @triton.jit
 def operand(x, FORMAT: tl.constexpr, DOT: tl.constexpr):
     """Codes or plain numbers as ``tl.dot`` takes them."""
-    if DOT is None:
-        return x
-    elif FORMAT is None:
-        return x.to(DOT)
+    if DOT is not None:
+        return x.to(DOT) if FORMAT is None else decode(x, FORMAT, DOT)
+    elif x.dtype.is_uint8():
+        return x.to(tl.float8e5 if FORMAT.infinite else tl.float8e4nv, bitcast=True)
     else:
-        return decode(x, FORMAT, DOT)
+        return x
 
 
 @triton.jit
@@ -128,7 +123,8 @@ def gemm_kernel(
     first_column = (within // beside).to(tl.int64) * OUTPUTS
     row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, OUTPUTS)
     a_ptr = as_multiplied(a_ptr, CONFIG.a_format, CONFIG.dot)
-    b_ptr = as_multiplied(b_ptr, CONFIG.b_format, CONFIG.dot)
+    if not CONFIG.b_turned:  # Hopper's tensor cores read rows: through registers it is turned while others are read
+        b_ptr = as_multiplied(b_ptr, CONFIG.b_format, CONFIG.dot)
     acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
     for k0 in range(0, depth, CONFIG.depth):
         k = k0 + tl.arange(0, CONFIG.depth)
@@ -144,12 +140,12 @@ def gemm_kernel(
         if CONFIG.chunks:
             scale = scales_of_a(a_scale_ptr, first_row, k0 // span, rows, a_rows, chunks, CONFIG)
             part *= scale * scales_of_b(b_scale_ptr, first_column, k0 // span, outputs, b_rows, chunks, CONFIG)
-        elif CONFIG.apart:
+        elif CONFIG.dot is None:  # something must stand between the two sums, or Triton makes them one
             part *= scales_of_a(a_scale_ptr, first_row, 0, rows, a_rows, chunks, CONFIG)
         acc += part
     if not CONFIG.chunks:
         acc *= scales_of_b(b_scale_ptr, first_column, 0, outputs, b_rows, chunks, CONFIG)
-        if not CONFIG.apart:
+        if CONFIG.dot is not None:
             acc *= scales_of_a(a_scale_ptr, first_row, 0, rows, a_rows, chunks, CONFIG)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + column, mask=column < outputs, other=0.0)[None, :]
@@ -183,19 +179,19 @@ def config(args: Args, capability: tuple[int, int]) -> tuple[Config, int, int]:
     native = args.a_format != "" and capability >= (8, 9) and not _launch.INTERPRETING
     dtype = torch.float16 if args.a_format else args.a.dtype
     unit = 1 if N % UNIT.value else UNIT.value
+    stages = 4
     if dtype == torch.float32:  # multiplied without tensor cores, from registers
-        rows, outputs, depth, warps, stages = _launch.power_of_two(M, 16, 32), 32, 32, 4, 3
+        rows, outputs, depth, warps = _launch.power_of_two(M, 16, 32), 32, 32, 4
     elif M <= 64:  # narrow, so that there are enough programs to read b
-        rows, outputs, depth, warps, stages = 16 if M <= 16 else 64, 32, 128, 4, 4
-    elif not native:
-        rows, outputs, depth, warps, stages = 64, 64, 128, 4, 3
+        rows, outputs, depth, warps = 16 if M <= 16 else 64, 32, 128, 4
     else:
-        rows, outputs, depth, warps, stages = 128, 64 if unit == 1 else 128, 128, 8, 3 if capability[0] == 8 else 4
+        rows, outputs, depth, warps = 128, 64 if unit == 1 else 128, 128 if native else 64, 8
+        stages = 4 if native and capability >= (9, 0) else 3
     chunks = args.depth < K
     tile = Config(
         rows, outputs, 32 if chunks and args.depth % depth else depth, None if native else _launch.dot_dtype(dtype),
-        FORMATS.get(args.a_format), FORMATS[args.b_format], args.b_turned, chunks, args.a_rows % rows == 0 or
-        args.a_rows >= M, args.b_rows % outputs == 0 or args.b_rows >= N, native and capability < (10, 0), unit,
+        FORMATS.get(args.a_format), FORMATS[args.b_format], args.b_turned, chunks,
+        args.a_rows % rows == 0 or args.a_rows >= M, args.b_rows % outputs == 0 or args.b_rows >= N, unit,
     )  # fmt: skip
     return tile, warps, stages
 
@@ -228,3 +224,57 @@ def forward(*given: Any) -> Tensor:
         a, b = padded(args.a), padded(args.b, args.b_turned)
         gemm_launch(args, out, a, b, config(args, _launch.capability(args.a))).run()
     return out.to(dtype)
+
+
+CASES = (  # M, N, K, a_rows, b_rows, depth (0 for all), b_turned, formats
+    (4096, 4096, 7168, 1, 128, 128, False, "e4m3", "e4m3"),
+    (4096, 4096, 7168, 1, 1, 128, False, "e4m3", "e4m3"),
+    (4096, 4096, 7168, 128, 1, 128, False, "e4m3", "e4m3"),
+    (4096, 4095, 7168, 1, 1, 128, False, "e4m3", "e4m3"),
+    (4096, 4096, 7168, 1, 128, 128, True, "e4m3", "e4m3"),
+    (4096, 4096, 7168, 1, 1, 0, False, "e4m3", "e4m3"),
+    (4096, 4096, 7168, 0, 0, 0, True, "e5m2", "e5m2"),
+    (4096, 4096, 7168, 1, 1, 32, False, "e5m2", "e4m3"),
+    (64, 4096, 7168, 1, 128, 128, False, "e4m3", "e4m3"),
+    (16, 4096, 7168, 1, 128, 128, False, "e4m3", "e4m3"),
+    (16, 4096, 7168, 1, 1, 0, True, "e4m3", "e4m3"),
+    (4096, 4096, 7168, 0, 128, 128, False, "", "e4m3"),
+    (4096, 4096, 7168, 0, 1, 128, True, "", "e4m3"),
+    (4096, 4095, 7168, 0, 1, 0, False, "", "e5m2"),
+    (16, 4096, 7168, 0, 128, 128, False, "", "e4m3"),
+)
+
+
+def _arguments(
+    M: int, N: int, K: int, a_rows: int, b_rows: int, depth: int, turned: bool, a_format: str, b_format: str,
+    dtype: torch.dtype,
+) -> Args:  # fmt: skip
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    a_rows, b_rows, depth = a_rows or M, b_rows or N, depth or K
+    chunks = triton.cdiv(K, depth)
+    a_scale = meta(triton.cdiv(M, a_rows), chunks) if a_format else None
+    b = meta(*((K, N) if turned else (N, K)), dtype=torch.uint8)
+    return Args(
+        meta(M, K, dtype=torch.uint8 if a_format else dtype), b, a_scale, meta(triton.cdiv(N, b_rows), chunks), meta(N),
+        a_format, b_format, a_rows, b_rows, depth, turned, str(dtype)[6:],
+    )  # fmt: skip
+
+
+def compile_cases() -> Iterator[_launch.CompileCase]:
+    """Of each call one for GPUs whose tensor cores take eight bits and one for others, or one for all."""
+    for dtype, given in itertools.product(KERNEL_DTYPES, CASES):
+        args = _arguments(*given, dtype)
+        if args.a_format and dtype == torch.float16:
+            continue
+        M, N, K = args.sizes
+        blocks = f"{args.a_rows}, {args.b_rows} x {args.depth}{' turned' if args.b_turned else ''}"
+        name = f"{args.a_format or 'plain'} {args.b_format} to {args.out_dtype} {M} x {N} x {K}, {blocks}"
+        out = torch.empty((M, N), dtype=dtype, device="meta")
+        of = {kind: gemm_launch(args, out, args.a, args.b, config(args, kind)).case(name) for kind in ((8, 0), (9, 0))}
+        if of[8, 0] == of[9, 0]:
+            yield of[9, 0]
+        else:
+            yield replace(of[8, 0], name=f"{of[8, 0].name} decoded", architectures=(80,))
+            yield replace(of[9, 0], architectures=(90, 100))
