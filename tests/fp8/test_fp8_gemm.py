@@ -13,8 +13,8 @@ from accel.testing.values import LEVELS, at_level
 BACKENDS = ("cpu", "reference")
 
 
-def check_product(backend, case, dtype, **change):
-    given = {**case.make(dtype), **change}
+def check_product(backend, case, dtype, device="cpu", **change):
+    given = {**case.make(dtype, device), **change}
     got = accel.fp8_gemm(**given, backend=backend)
     assert got.dtype == dtype
     assert_close(got, exact_product(given, case.a_block, case.b_block), "fp8", dtype, str(case))

@@ -27,8 +27,8 @@ MORE = [
     Quantize("oblong", (66, 48), (4, 16)),
     Quantize("all_columns_of_few", (130, 16), (1, None)),
     Quantize("all_rows", (300, 5), (None, 1)),
-    Quantize("large_blocks", (300, 520), (200, 256), "lognormal"),
-    Quantize("long_rows", (2, 4500), (1, None), "lognormal"),
+    Quantize("large_blocks", (150, 270), (140, 256), "lognormal"),
+    Quantize("long", (3, 4112), None, "lognormal"),
     Quantize("larger_than_x", (5, 7), (512, 1000)),
 ]
 
@@ -103,8 +103,8 @@ def test_compiled():
         assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
-@pytest.mark.parametrize("block", [(1, 128), (3, 7)], ids=str)
-def test_nothing_outside_is_read_or_written(block):
+def test_nothing_outside_is_read_or_written():
     (x,) = on_the_cpu(random_matrix((1, 13, 131)))
-    call = ("", "accel::fp8_quantize.default", (x, *block, "e4m3", "fp32", True, "triton"))
-    guard.replay([call], ("accel", leaf.__name__))
+    blocks = ((1, 128), (5, 100))
+    calls = [(f"{b}", "accel::fp8_quantize.default", (x, *b, "e4m3", "fp32", True, "triton")) for b in blocks]
+    guard.replay(calls, ("accel", leaf.__name__))
