@@ -141,23 +141,14 @@ inline vh2 load_pairs(const F* p, int64_t n) {
 }
 
 #if defined(__F16C__)
-// Codes that no fp16 of their bits stands for: NaN of e4m3.
-inline bool any_nan(vh2 codes) {
-#if defined(__AVX512F__)
-  const __m512i ones = _mm512_set1_epi8(-1), sign = _mm512_set1_epi8(-128);
-  return _mm512_cmpeq_epi8_mask(_mm512_or_si512(reinterpret_cast<__m512i>(codes), sign), ones) != 0;
-#else
-  const __m256i sign = _mm256_set1_epi8(-128);
-  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_or_si256(reinterpret_cast<__m256i>(codes), sign), _mm256_set1_epi8(-1)));
-#endif
-}
-
 // fp32 of the first and of the last W halves.
 inline void widen(vh2 halves, vf& first, vf& last) {
 #if defined(__AVX512F__)
-  const __m512i x = reinterpret_cast<__m512i>(halves);
-  first = reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, _mm512_castsi512_si256(x)));
-  last = reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, _mm512_maskz_extracti64x4_epi64(0xff, x, 1)));
+  // through memory: a conversion from there needs no shuffle, which would be half of a step's work
+  asm("" : "+m"(halves));
+  const __m256i* const half = reinterpret_cast<const __m256i*>(&halves);
+  first = reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, half[0]));
+  last = reinterpret_cast<vf>(_mm512_maskz_cvtph_ps(0xffff, half[1]));
 #else
   const __m256i x = reinterpret_cast<__m256i>(halves);
   first = reinterpret_cast<vf>(_mm256_cvtph_ps(_mm256_castsi256_si128(x)));
@@ -166,14 +157,7 @@ inline void widen(vh2 halves, vf& first, vf& last) {
 }
 #endif
 
-template <typename F>
-[[gnu::noinline]] void decode_one_by_one(vh2 codes, vf* x) {
-  alignas(64) F some[STEP];
-  std::memcpy(some, &codes, sizeof some);
-  for (int i = 0; i < STEP; ++i) x[i % 2 * 2 + i / (2 * W)][i / 2 % W] = to_float(some[i]) * (1.0f / FACTOR<F>);
-}
-
-// The numbers of a step over FACTOR<F>.
+// The numbers of a step over FACTOR<F>, but for NaN of e4m3, which no fp16 of its bits stands for: see Nans.
 template <typename F>
 inline void decode(vh2 codes, vf* x) {
 #if defined(__F16C__)
@@ -184,8 +168,6 @@ inline void decode(vh2 codes, vf* x) {
     odd = reinterpret_cast<vh2>(reinterpret_cast<vs2>(codes) >> 1) & uint16_t(0xbf80);
   }
   widen(even, x[0], x[1]), widen(odd, x[2], x[3]);
-  if constexpr (std::is_same_v<F, e4m3>)
-    if (__builtin_expect(any_nan(codes), 0)) decode_one_by_one<F>(codes, x);
 #else
   const vu words = reinterpret_cast<vu>(codes);
   const vf a = numbers_of<F>(words & 0xffu), b = numbers_of<F>((words >> 8) & 0xffu);
@@ -196,11 +178,66 @@ inline void decode(vh2 codes, vf* x) {
 #endif
 }
 
+// Whether any of the codes that were looked at is a NaN which decode does not make one.
+template <typename F>
+class Nans {
+ public:
+#if defined(__F16C__)
+  void look_at(vh2 codes) {
+    if constexpr (std::is_same_v<F, e4m3>) most_ = max_bytes(most_, add_bytes(codes, codes));  // without their signs
+  }
+  bool any() const {
+    if constexpr (!std::is_same_v<F, e4m3>) return false;
+#if defined(__AVX512F__)
+    return _mm512_cmpeq_epi8_mask(reinterpret_cast<__m512i>(most_), _mm512_set1_epi8(-2)) != 0;
+#else
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(reinterpret_cast<__m256i>(most_), _mm256_set1_epi8(-2))) != 0;
+#endif
+  }
+
+ private:
+#if defined(__AVX512F__)
+  static vh2 add_bytes(vh2 a, vh2 b) {
+    return reinterpret_cast<vh2>(_mm512_add_epi8(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+  static vh2 max_bytes(vh2 a, vh2 b) {
+    return reinterpret_cast<vh2>(_mm512_max_epu8(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  }
+#else
+  static vh2 add_bytes(vh2 a, vh2 b) {
+    return reinterpret_cast<vh2>(_mm256_add_epi8(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+  static vh2 max_bytes(vh2 a, vh2 b) {
+    return reinterpret_cast<vh2>(_mm256_max_epu8(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+  }
+#endif
+  vh2 most_{};
+#else
+  void look_at(vh2) {}
+  bool any() const { return false; }
+#endif
+};
+
+template <typename F>
+[[gnu::noinline]] void decode_one_by_one(vh2 codes, vf* x) {
+  alignas(64) F some[STEP];
+  std::memcpy(some, &codes, sizeof some);
+  for (int i = 0; i < STEP; ++i) x[i % 2 * 2 + i / (2 * W)][i / 2 % W] = to_float(some[i]) * (1.0f / FACTOR<F>);
+}
+
+template <typename F>
+inline void decode_all(vh2 codes, vf* x) {
+  decode<F>(codes, x);
+  Nans<F> nans;
+  nans.look_at(codes);
+  if (__builtin_expect(nans.any(), 0)) decode_one_by_one<F>(codes, x);
+}
+
 // The first n elements of a step, zeros behind them, over FACTOR<T>.
 template <typename T>
 inline void load_step(const T* p, int64_t n, vf* x) {
   if constexpr (IS_CODE<T>) {
-    decode<T>(load_pairs(p, n), x);
+    decode_all<T>(load_pairs(p, n), x);
   } else {
     vf each[4];
     for (int i = 0; i < 4; ++i) each[i] = n > i * W ? load_some(p + i * W, n - i * W) : vf{};
@@ -214,7 +251,7 @@ inline void load_step(const T* p, int64_t n, vf* x) {
 template <typename T>
 inline void load_in_order(const T* p, int64_t n, vf* x) {
   if constexpr (IS_CODE<T>) {
-    decode<T>(load_pairs(p, n), x);
+    decode_all<T>(load_pairs(p, n), x);
     put_in_order(x);
     for (int i = 0; i < 4; ++i) x[i] *= FACTOR<T>;
   } else {

@@ -12,6 +12,16 @@ struct Steps {
   const float* scales;  // of each row p.count
 };
 
+// What decode does not tell: outputs whose codes have a NaN are NaN.
+template <typename F>
+[[gnu::noinline]] void mark_nans(const Params& p, int64_t output, int outputs, float* out, int64_t ldo) {
+  for (int o = 0; o < outputs; ++o) {
+    const F* const row = static_cast<const F*>(p.b) + (output + o) * p.depth;
+    if (std::any_of(row, row + p.depth, [](F code) { return (code.bits & 0x7f) == 0x7f; }))
+      for (int64_t r = 0; r < p.rows; ++r) out[r * ldo + o] = std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
 // out[r · ldo + o] for outputs [output, output + O) and rows [0, R).
 template <typename F, int O, int R>
 inline void dots(const Params& p, const Steps& a, int64_t output, float* out, int64_t ldo) {
@@ -26,6 +36,7 @@ inline void dots(const Params& p, const Steps& a, int64_t output, float* out, in
     for (int r = 0; r < R; ++r) total[o][r] = vf{};
   }
   const float* x = a.x;
+  Nans<F> nans;
   for (int64_t c = 0; c < p.count; ++c) {
     const Chunk& chunk = p.chunks[c];
     vf sum[O][R];
@@ -37,9 +48,11 @@ inline void dots(const Params& p, const Steps& a, int64_t output, float* out, in
 #pragma GCC unroll 8
       for (int o = 0; o < O; ++o) {
         const F* at = rows[o] + chunk.from + i;
-        __builtin_prefetch(at + O * p.depth);  // the rows that follow: each is too short for the processor to foresee it
+        __builtin_prefetch(at + 2 * O * p.depth, 0, 2);  // each row is too short for the processor to foresee the next
+        const vh2 codes = load_pairs(at, chunk.count - i);
+        nans.look_at(codes);
         vf w[4];
-        load_step(at, chunk.count - i, w);
+        decode<F>(codes, w);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -56,11 +69,12 @@ inline void dots(const Params& p, const Steps& a, int64_t output, float* out, in
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) out[r * ldo + o] = sum_lanes(total[o][r])[0];
+  if (nans.any()) mark_nans<F>(p, output, O, out, ldo);
 }
 
 template <typename F, int R>
 void dot_rows(const Params& p, const Steps& a, int64_t output, int outputs, float* out, int64_t ldo) {
-  constexpr int O = (R <= 2 ? 4 : R <= 4 ? 2 : 1) * (W == 16 ? 2 : 1);
+  constexpr int O = std::max(1, std::min(8, (W == 16 ? 24 : 8) / R));  // sums that registers hold
   int o = 0;
   for (; o + O <= outputs; o += O) dots<F, O, R>(p, a, output + o, out + o, ldo);
   for (; o < outputs; ++o) dots<F, 1, R>(p, a, output + o, out + o, ldo);
