@@ -55,7 +55,7 @@ class Op:
     """Whether its output has a gradient; an op without one refuses calls that ask for it."""
     straight_through: bool = False
     """Whether its gradient is one by definition, in which roundings pass it on, and not the derivative of what is
-    computed: the reference has a backward of its own then, and no derivative beyond it."""
+    computed: the reference has a backward of its own then, as kernels have, and no derivative beyond it."""
 
     def backend(self, name: str) -> Backend:
         for backend in self.backends:

@@ -195,7 +195,8 @@ def _examine_op(report: Report, dispatch: Any, op: Any, torch: Any, device: str)
         for backend, reason in reasons.items():
             found[backend][dtype] = reason
     meant = [b.name for b in op.backends if device in b.devices]
-    if meant and not any(None in found[name].values() for name in meant):
+    more = any(device in b.devices and not b.extra for b in op.backends)  # than what only some calls take
+    if more and not any(None in found[name].values() for name in meant):
         why = "; ".join(f"{name}: {found[name][DTYPES[0]]}" for name in meant)
         triton = "triton" in meant and not report["triton"]["loaded"]
         mend = f"{sys.executable} -m pip install 'triton>=3.6'" if triton else rebuild_command()

@@ -297,23 +297,27 @@ def _autograd(
             fields: list[Any] = [None] * tensors
             for i, x in zip(kept, saved[len(kept_outputs) :], strict=True):
                 fields[i] = x
-            if transforms.batched():  # under jacrev, say, which runs the forward without
-                if dispatch.OPS[name].straight_through:
-                    raise NotImplementedError(f"{name}: batched derivatives of a kernel {_beyond(name)}")
+            batched = transforms.batched()  # under jacrev, say, which runs the forward without
+            if batched and not dispatch.OPS[name].straight_through:
                 for i, size in zip(sized, ctx.sizes, strict=True):  # of which no gradient depends on the values
                     fields[i] = grads[0].new_zeros(size)
                 return _through(reference, [*fields, *rest], grads[:upstream], needed)
             given = args(*fields, *rest)
             laid_out = [None if g is None else lay_out(g, given) for g in grads[:upstream]]
             needs = [list(needed[always:gradients])] if asks else []
-            found = once_differentiable(
-                name, backward_op, *laid_out, *unused, *saved, *ctx.sizes, *rest, *needs, backend
-            )
+            call = _plain(name) if batched else backward_op
+            found = once_differentiable(name, call, *laid_out, *unused, *saved, *ctx.sizes, *rest, *needs, backend)
             pairs = zip([found] if gradients == 1 else found, fields, needed, strict=False)
             made = [_in_dtype_of(x, g) if wanted else None for g, x, wanted in pairs]
             return *made, *([None] * (len(needed) - gradients))
 
     return Recorded
+
+
+def _plain(name: str) -> Callable[..., Any]:
+    """The backward that the reference of an op has of its own, which ``torch.func`` batches."""
+    backward: Any = dispatch.OPS[name].backend("reference").backward
+    return lambda *given: backward(*given[:-1])
 
 
 def _through(
@@ -371,6 +375,8 @@ def requires_gradient(arguments: Iterable[Any]) -> bool:
 
 class _Once(torch.autograd.Function):
     """Runs a backward and makes a second derivative an error instead of a silently missing term."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(name: str, backward: Callable[..., Any], mark: Tensor | None, *args: Any) -> Any:

@@ -266,6 +266,24 @@ def test_empty(backend):
                 assert not got["weight"].any()
 
 
+@every_scaling
+def test_jacobians(scaling):
+    """Whose forward runs on a kernel, and whose backward torch batches."""
+    given, _ = some((5, 140), 9)
+    x, weight, bias = (t.detach() for t in given.values())
+    for save in ("fp8", "input"):
+        recipe = FP8Recipe(scaling=scaling, save=save, size_rule=False)
+
+        def two(x, weight, backend=PLAIN, recipe=recipe):
+            out = accel.fp8_linear(x, weight, bias, recipe=recipe, backend=backend)
+            return torch.stack([(out * g).sum() for g in random_matrix((2, 5, 9))])
+
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        rows = [torch.autograd.grad(number, leaves, retain_graph=True) for number in two(*leaves)]
+        for i, got in enumerate(torch.func.jacrev(two, (0, 1))(x, weight)):
+            assert_close(got, torch.stack([row[i] for row in rows]).double(), "fp8_grad", torch.float32, scaling)
+
+
 # --- compiled ---
 
 

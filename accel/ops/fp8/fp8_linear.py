@@ -328,7 +328,7 @@ OP = dispatch.register(
         backends=(
             dispatch.Backend("torch", *_TORCH, frozenset({"cpu"}), (torch.bfloat16,), extra=True),
             *_shared(),
-            dispatch.Backend("reference", lambda args: None, reference),
+            dispatch.Backend("reference", lambda args: None, reference, _backend("reference", frozenset()).backward),
         ),
         straight_through=True,
     )

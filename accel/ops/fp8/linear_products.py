@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import dispatch, library
+from accel import dispatch, library, transforms
 from accel.backends import inner_dtype
 from accel.ops.fp8 import formats, fp8_gemm, fp8_quantize
 from accel.ops.fp8.recipe import BLOCKS
@@ -224,15 +224,14 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, *weight = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        nothing = x.new_empty(0)
-        args = Args(x, None, None, *weight, x, *ctx.rest)._replace(keep=False)  # type: ignore[call-arg]
 
-        def gradients(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def gradients(grad: Tensor, x: Tensor, *weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            args = Args(*(x, None, None, *weight, x, *ctx.rest))._replace(keep=False)
+            nothing = x.new_empty(0)
             return backward(grad, nothing, nothing, args, needs, "reference")
 
-        found = library.once_differentiable("fp8_linear", gradients, grad.contiguous())
+        found = library.once_differentiable("fp8_linear", gradients, grad.contiguous(), *ctx.saved_tensors)
         made = [g if wanted else None for g, wanted in zip(found, needs, strict=True)]
         return *made, *([None] * (len(ctx.needs_input_grad) - 3))
 
@@ -240,7 +239,9 @@ class _StraightThrough(torch.autograd.Function):
 def reference(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The op in plain torch: products in float64 of what the codes stand for."""
     args = Args(*given)
-    out = _StraightThrough.apply(*given) if library.requires_gradient(given[:3]) else None
-    if out is None:
+    # a tensor inside vmap does not say whether somebody around it wants a gradient
+    if transforms.batched_derivative() or library.requires_gradient(given[:3]):
+        out: Tensor = _StraightThrough.apply(*given)
+    else:  # torch.compile cannot trace autograd where nothing requires a gradient
         out = forward(args._replace(keep=False), "reference")[0]
     return out, args.x.new_empty(0, dtype=torch.uint8), args.x.new_empty(0, dtype=torch.float32)
