@@ -338,6 +338,15 @@ def test_a_weight_that_changed_is_quantised_anew(name, counted):
     assert len(counted) == 2
 
 
+def test_what_is_kept_is_forgotten_where_memory_may_be_used_again():
+    module = cached()
+    for change in (lambda: module.to(torch.float32), lambda: module.load_state_dict(module.state_dict())):
+        module(noise(4, 300))
+        assert module.weight in fp8_cache._quantized._known
+        change()
+        assert module.weight not in fp8_cache._quantized._known
+
+
 def test_what_was_kept_for_inference_serves_training():
     module, x = cached(), noise(4, 300).requires_grad_()
     with torch.inference_mode():

@@ -85,7 +85,7 @@ CASES = [
 BEHAVIOUR = [
     case("block", (3, 2, 130), 7),
     case("block, input kept", (3, 130), 7, save="input"),
-    case("row", (3, 130), 7, scaling="row"),
+    case("row", (3, 130), 7, scaling="row", bias=False),
     case("weight only", (3, 130), 7, scaling="weight_only"),
     case("stored", (3, 130), 7, stored="block"),
 ]
@@ -160,6 +160,22 @@ def test_the_three_products(dtype, scaling, backend):
         kind = dtype if name in ("out", "x") else torch.float32
         assert got[name].dtype == kind
         assert_close(got[name], expected, "fp8", kind, name)  # the weight's gradient is not rounded to that of x
+
+
+@every_backend
+@pytest.mark.parametrize("stored", ["block", "row", "tensor"])
+def test_a_stored_weight_and_the_gradient_of_x(stored, backend):
+    """Whose product needs scales along the other axis: those of rows are made anew from the numbers."""
+    given, grad = some()
+    block = [size or None for size in WEIGHT_BLOCKS[stored]]
+    q, scale = accel.fp8_quantize(given["weight"], block=block)
+    numbers = there_and_back(given["weight"], WEIGHT_BLOCKS[stored]).detach()
+    call = {"x": given["x"], "weight": q, "weight_scale": scale}
+    for scaling in (stored, "weight_only"):
+        got = gradients(call, grad, recipe=FP8Recipe(scaling=scaling, size_rule=False), backend=backend)
+        w = there_and_back(numbers.t().float(), BLOCKS["row"]).t() if scaling == "row" else numbers
+        g = grad.double() if scaling == "weight_only" else there_and_back(grad, BLOCKS[scaling])
+        assert_close(got["x"], g @ w, "fp8_grad", torch.float32, f"{stored}, {scaling}")
 
 
 @every_backend

@@ -89,7 +89,8 @@ def gemm_args(a: Codes, b: Codes, bias: Tensor | None, dtype: torch.dtype) -> fp
     b_rows, depth = formats.resolve_block(b.shape, (b.scale.shape[0], b.scale.shape[1]), "w")
     a_rows = 1
     if a.scale is not None:
-        a_rows, _ = formats.resolve_block(a.shape, (a.scale.shape[0], a.scale.shape[1]), "x")
+        a_rows, a_depth = formats.resolve_block(a.shape, (a.scale.shape[0], a.scale.shape[1]), "x")
+        assert a_depth == depth, f"{a_depth=}, {depth=}"
     return fp8_gemm.Args(
         a.codes, b.codes, a.scale, b.scale, bias, a.format, b.format, a_rows, b_rows, depth, b.turned,
         fp8_gemm.OUT_NAMES[dtype],
