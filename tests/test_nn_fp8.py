@@ -81,7 +81,8 @@ def test_eight_bits_to_a_master_and_back_are_the_same_bits(scaling, scale_format
     recipe = FP8Recipe(scaling=scaling, scale_format=scale_format)
     stored = FP8Linear.from_linear(linear(160, 131), recipe, storage="fp8")
     assert stored.weight.dtype == E4M3
-    assert stored.weight_scale_inv.dtype == torch.float32
+    kind = torch.float32 if scale_format == "fp32" else torch.float8_e8m0fnu
+    assert stored.weight_scale_inv.dtype == stored.bfloat16().weight_scale_inv.dtype == kind
     assert not stored.weight.requires_grad
     for through in (stored.to_linear(), FP8Linear.from_linear(stored, recipe, storage="master")):
         assert through.weight.dtype == torch.float32
@@ -91,6 +92,16 @@ def test_eight_bits_to_a_master_and_back_are_the_same_bits(scaling, scale_format
     assert stored.to_linear(torch.bfloat16).weight.dtype == torch.bfloat16
     shared = FP8Linear.from_linear(stored, recipe, storage="fp8")
     assert shared.weight is stored.weight
+
+
+def test_scales_are_kept_as_a_checkpoint_has_them():
+    powers = FP8Linear.from_linear(linear(160, 131), FP8Recipe(scale_format="e8m0"), storage="fp8")
+    plain = FP8Linear(160, 131, dtype=E4M3)
+    plain.load_state_dict(powers.state_dict())
+    check_tensors(plain.state_dict(), powers.state_dict())
+    x = noise(3, 160)
+    want = accel.fp8_linear(x, powers.weight, powers.bias, weight_scale=powers.weight_scale_inv)
+    assert_same(plain(x), want, "scales as powers of two")
 
 
 def test_a_stored_weight_gives_gradients_to_input_and_bias_alone():

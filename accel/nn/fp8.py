@@ -39,8 +39,9 @@ class FP8Linear(nn.Linear):
 
     Attributes:
         weight: ``(N, K)``, a parameter; float8_e4m3fn and without gradient where stored in eight bits.
-        weight_scale_inv: the scales by which its numbers are multiplied, a float32 buffer: ``(ceil(N / 128),
-            ceil(K / 128))`` for blocks, ``(N, 1)`` for rows, ``(1, 1)`` for the whole. None of a master.
+        weight_scale_inv: the scales by which its numbers are multiplied, a buffer: ``(ceil(N / 128), ceil(K / 128))``
+            for blocks, ``(N, 1)`` for rows, ``(1, 1)`` for the whole; float32, or float8_e8m0fnu where the recipe or a
+            checkpoint has those. None of a master.
         bias: ``(N,)``, a parameter, or None.
 
     The ``state_dict`` of a master is that of ``nn.Linear``, and it loads the weight of an FP8 checkpoint too, without
@@ -130,8 +131,8 @@ class FP8Linear(nn.Linear):
         """Keep these numbers in eight bits."""
         recipe = self.recipe or FP8Recipe()
         rows, cols = WEIGHT_BLOCKS[recipe.scaling]
-        powers = "fp32" if recipe.scale_format == "fp32" else "pow2"
-        codes, scale = fp8_quantize(weight.detach(), block=(rows or None, cols or None), scale_format=powers)
+        block = (rows or None, cols or None)
+        codes, scale = fp8_quantize(weight.detach(), block=block, scale_format=recipe.scale_format)
         self.weight = nn.Parameter(codes, requires_grad=False)
         self.weight_scale_inv = scale
 
@@ -173,7 +174,7 @@ class FP8Linear(nn.Linear):
             return self
 
         def moved(t: Tensor) -> Tensor:
-            kind = torch.uint8 if t.dtype in formats.NAMES else torch.int32 if t is scale else None
+            kind = torch.uint8 if t.element_size() == 1 else torch.int32 if t is scale else None
             found: Tensor = fn(t) if kind is None else fn(t.view(kind)).view(t.dtype)
             return found
 
@@ -227,6 +228,8 @@ class FP8Linear(nn.Linear):
             return
         if scale.shape != self.weight_scale_inv.shape:
             raise ValueError(f"{key} is {tuple(scale.shape)} and must be {tuple(self.weight_scale_inv.shape)}")
+        if scale.dtype != self.weight_scale_inv.dtype:
+            self.weight_scale_inv = torch.empty_like(self.weight_scale_inv, dtype=scale.dtype)
         state_dict[key] = scale
 
     def extra_repr(self) -> str:
@@ -236,10 +239,11 @@ class FP8Linear(nn.Linear):
 
 
 def _check_scale(scale: Any, weight: Tensor, recipe: FP8Recipe | None, prefix: str) -> Tensor:
-    """Scales of a checkpoint as a float32 matrix; errors begin with the layer's name."""
+    """Scales of a checkpoint as a matrix, float32 or e8m0 as they were; errors begin with the layer's name."""
     if scale is None:
         raise ValueError(f"{prefix}weight is {weight.dtype} and there is no {prefix}{SCALE}")
-    numbers = read_scale(scale, f"{prefix}{SCALE}").detach()
-    numbers = numbers.view(1, 1) if numbers.numel() == 1 else numbers
-    fp8_linear.scaling_of((weight.shape[0], weight.shape[1]), numbers, recipe, f"{prefix}{SCALE}")
-    return numbers
+    read_scale(scale, f"{prefix}{SCALE}")  # says what is wrong with its dtype
+    kept: Tensor = scale.detach().view(formats.E8M0) if scale.dtype == torch.uint8 else scale.detach()
+    kept = kept.view(1, 1) if kept.numel() == 1 else kept
+    fp8_linear.scaling_of((weight.shape[0], weight.shape[1]), kept, recipe, f"{prefix}{SCALE}")
+    return kept
