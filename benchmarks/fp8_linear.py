@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from accel.ops.fp8.fp8_linear import OP
 from torch import Tensor
 
 import accel
 from accel import dispatch
 from accel.benchmarks.goals import DOTS, Goal
 from accel.benchmarks.harness import Case, Cost, Pick, Provider, Short
+from accel.ops.fp8.fp8_linear import OP
 
 NAME = "fp8_linear"
 PROVIDERS = ("accel", "linear")
