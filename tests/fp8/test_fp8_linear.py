@@ -349,19 +349,24 @@ def on_amx(monkeypatch):
     monkeypatch.setattr(size_rule, "has_amx", lambda: True)
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "block", "row", "tensor"])
 def test_plain_products_where_eight_bits_lose(monkeypatch, stored):
     on_amx(monkeypatch)
-    least = size_rule.PLAIN_FROM["amx", stored]
-    given, grad = some((least, 130), 20, dtype=torch.bfloat16)
+    eight = stored in WEIGHT_BLOCKS
+    least = size_rule.PLAIN_FROM["AMX", "float8" if eight else stored]
+    given, grad = some((least, 130), 140, dtype=torch.bfloat16)
     numbers = given["weight"].detach().bfloat16()
-    if stored:
-        q, scale = accel.fp8_quantize(given["weight"], block=(128, 128))
+    if not eight:
+        given["weight"] = given["weight"].detach().to(getattr(torch, stored)).requires_grad_()
+    else:
+        block = [size or None for size in WEIGHT_BLOCKS[stored]]
+        q, scale = accel.fp8_quantize(given["weight"], block=block)
+        q.view(torch.uint8)[3, 5] = 0x7F
         given |= {"weight": q, "weight_scale": scale}
         numbers = accel.fp8_dequantize(q, scale, dtype=torch.bfloat16)
     said = accel.explain(accel.fp8_linear, **given)
     assert "-> torch: can run this call" in said
-    got = gradients(given, grad, recipe=FP8Recipe())
+    got = gradients(given, grad, recipe=None)
     plain = {"x": given["x"].detach(), "weight": numbers, "bias": given["bias"].detach().bfloat16()}
     plain = {n: t.requires_grad_() for n, t in plain.items()}
     out = F.linear(**plain)
@@ -374,7 +379,7 @@ def test_plain_products_where_eight_bits_lose(monkeypatch, stored):
 
 def test_what_the_rule_says(monkeypatch):
     on_amx(monkeypatch)
-    given, _ = some((size_rule.PLAIN_FROM["amx", False], 130), 20, dtype=torch.bfloat16)
+    given, _ = some((size_rule.PLAIN_FROM["AMX", "float32"], 130), 20, dtype=torch.bfloat16)
 
     def said(**change):
         lines = accel.explain(accel.fp8_linear, **{**given, **change}).splitlines()
@@ -382,8 +387,10 @@ def test_what_the_rule_says(monkeypatch):
 
     assert "can run" in said()
     assert "size_rule=False" in said(recipe=FP8Recipe(size_rule=False))
-    assert "here are 31" in said(x=given["x"][:31])
+    assert "here are 63" in said(x=given["x"][:63])
     assert "torch.float32" in said(x=given["x"].float())
+    with accel.use(deterministic=True):
+        assert "determinism" in said()
     monkeypatch.setattr(size_rule, "has_amx", lambda: False)
     assert "AMX" in said()
     with pytest.raises(NotImplementedError, match=r"backend 'torch' cannot run this call: .*AMX"):

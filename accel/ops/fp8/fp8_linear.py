@@ -243,7 +243,8 @@ def call(
     args = _prepare(x, weight, bias, weight_scale=weight_scale, recipe=recipe)
     chosen = dispatch.select(OP, args, backend).name
     if chosen == "torch":
-        args = args._replace(w=size_rule.plain_weight(args), scale=None, keep=False)
+        w = args.w if args.given else size_rule.plain_weight(args)
+        args = args._replace(w=w, keep=False)
     elif not args.given:
         turned = remember is not None or library.requires_gradient([args.x])
         make = functools.partial(_quantize_weight, args, turned, chosen)
