@@ -220,7 +220,7 @@ def test_a_byte_an_element_is_kept_and_nothing_that_is_not_needed():
 def test_changing_x_in_place_is_wrong_only_where_it_is_kept():
     given, grad = some()
     leaf = given["x"]
-    want = gradients(given, grad)["weight"]
+    want = gradients(given, grad, backend=PLAIN)["weight"]
     for save, fails in (("fp8", False), ("input", True)):
         x = leaf.detach().clone()
         out = accel.fp8_linear(**{**given, "x": x}, recipe=FP8Recipe(save=save, size_rule=False), backend=PLAIN)
@@ -402,9 +402,19 @@ def test_a_backend_is_there_where_quantiser_and_product_have_it():
     both = {b.name for b in fp8_quantize.OP.backends} & {b.name for b in fp8_gemm.OP.backends}
     assert set(names) - {"torch"} == both
     assert (names[0], names[-1]) == ("torch", "reference")
+
+
+@pytest.mark.parametrize("scaling", ["block", "weight_only"])
+def test_a_backend_refuses_as_quantiser_and_product_do(scaling):
     given, _ = some()
-    lines = accel.explain(accel.fp8_linear, **given).splitlines()
-    assert any(line.strip().startswith("triton: ") and "can run" not in line for line in lines)
+    args = fp8_linear.OP.prepare(**given, recipe=FP8Recipe(scaling=scaling))
+    assert fp8_linear._backend(PLAIN, frozenset()).why_not(args) is None
+    for op in (fp8_quantize.OP, fp8_gemm.OP):
+        before = op.backends
+        refusing = dataclasses.replace(op.backend(PLAIN), why_not=lambda args, name=op.name: f"{name} does not like it")
+        object.__setattr__(op, "backends", (refusing,))
+        assert fp8_linear._backend(PLAIN, frozenset()).why_not(args) == f"{op.name} does not like it"
+        object.__setattr__(op, "backends", before)
 
 
 # --- bad input ---
