@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from accel.kernels.fp8.codes import Format, encode, scales_of, size_of
+from accel.kernels.fp8.codes import INFINITY, Format, encode, finite_size_of, mark, scales_of, size_of
 
 INTS = [
     "rows", "cols", "span_rows", "span_cols", "total", "down", "across", "strips_down", "strips_across", "height",
@@ -103,19 +103,24 @@ def load(x_ptr, matrix, row, col, rows, cols, stop_row, stop_col):
 
 @triton.jit
 def blocks_of(
-    x, scale_ptr, matrix, tile_row, tile_col, rows, cols, H: tl.constexpr, W: tl.constexpr, TURNED: tl.constexpr,
-    CONFIG: tl.constexpr,
+    x, size, finite, scale_ptr, matrix, tile_row, tile_col, rows, cols, H: tl.constexpr, W: tl.constexpr,
+    TURNED: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a tile in blocks of H x W, whose scales are stored."""
+    """Codes of a tile in blocks of H x W, whose largest values are of ``size``, and whose scales are stored."""
     ROWS: tl.constexpr = CONFIG.rows
     COLS: tl.constexpr = CONFIG.cols
-    scale, inverse = scales_of(largest_of(size_of(x), H, W, ROWS, COLS), CONFIG.format, CONFIG.powers)
+    if not finite:
+        size = largest_of(finite_size_of(x), H, W, ROWS, COLS)
+    scale, inverse = scales_of(size, CONFIG.format, CONFIG.powers)
     down, across = tl.cdiv(rows, H), tl.cdiv(cols, W)
     row = tile_row * (ROWS // H) + tl.arange(0, ROWS // H)
     col = tile_col * (COLS // W) + tl.arange(0, COLS // W)
     scale = as_stored(scale, scale_ptr.dtype.element_ty)
     store(scale_ptr + matrix * down * across, scale, row, col, down, across, TURNED)
-    return encode(x * spread(inverse, H, W, ROWS, COLS), CONFIG.format)
+    codes = encode(x * spread(inverse, H, W, ROWS, COLS), CONFIG.format)
+    if not finite:
+        codes = mark(codes, x, CONFIG.format)
+    return codes.to(tl.uint8)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -134,10 +139,14 @@ def tile_kernel(codes_ptr, scale_ptr, codes_t_ptr, scale_t_ptr, x_ptr, rows, col
     row = tile_row * CONFIG.rows + tl.arange(0, CONFIG.rows)
     col = tile_col * CONFIG.cols + tl.arange(0, CONFIG.cols)
     x = load(x_ptr, matrix, row, col, rows, cols, rows, cols)
-    codes = blocks_of(x, scale_ptr, matrix, tile_row, tile_col, rows, cols, H, W, False, CONFIG)
+    size = largest_of(size_of(x), H, W, CONFIG.rows, CONFIG.cols)
+    # what is not finite is rare: asked once for a tile, it costs nothing for each number
+    finite = tl.max(tl.max(size, 1), 0) < INFINITY
+    codes = blocks_of(x, size, finite, scale_ptr, matrix, tile_row, tile_col, rows, cols, H, W, False, CONFIG)
     store(codes_ptr + matrix * rows * cols, codes, row, col, rows, cols, False)
     if codes_t_ptr is not None:
-        codes = blocks_of(x, scale_t_ptr, matrix, tile_row, tile_col, rows, cols, W, H, True, CONFIG)
+        size = largest_of(size_of(x), W, H, CONFIG.rows, CONFIG.cols)
+        codes = blocks_of(x, size, finite, scale_t_ptr, matrix, tile_row, tile_col, rows, cols, W, H, True, CONFIG)
         store(codes_t_ptr + matrix * rows * cols, codes, row, col, rows, cols, True)
 
 
@@ -165,7 +174,7 @@ def largest_kernel(largest_ptr, x_ptr, rows, cols, span_rows, span_cols, CONFIG:
     col = first_col + tile_col % strips_across * COLS + tl.arange(0, COLS)
     stop_row, stop_col = tl.minimum(first_row + span_rows, rows), tl.minimum(first_col + span_cols, cols)
     x = load(x_ptr, matrix, row, col, rows, cols, stop_row, stop_col)
-    most = largest_of(size_of(x), H, W, ROWS, COLS)
+    most = largest_of(finite_size_of(x), H, W, ROWS, COLS)
     down, across = down * (ROWS // H), across * (COLS // W)
     row = tile_row * (ROWS // H) + tl.arange(0, ROWS // H)
     col = tile_col * (COLS // W) + tl.arange(0, COLS // W)
@@ -223,7 +232,9 @@ def encode_kernel(
     col = (tl.program_id(0) % across).to(tl.int64) * CONFIG.cols + tl.arange(0, CONFIG.cols)
     x = load(x_ptr, matrix, row, col, rows, cols, rows, cols)
     y = scaled(x, inverse_ptr, matrix, row, col, rows, cols, height, width)
-    store(codes_ptr + matrix * rows * cols, encode(y, CONFIG.format), row, col, rows, cols, False)
+    codes = mark(encode(y, CONFIG.format), x, CONFIG.format).to(tl.uint8)
+    store(codes_ptr + matrix * rows * cols, codes, row, col, rows, cols, False)
     if codes_t_ptr is not None:
         y = scaled(x, inverse_t_ptr, matrix, row, col, rows, cols, height_t, width_t)
-        store(codes_t_ptr + matrix * rows * cols, encode(y, CONFIG.format), row, col, rows, cols, True)
+        codes = mark(encode(y, CONFIG.format), x, CONFIG.format).to(tl.uint8)
+        store(codes_t_ptr + matrix * rows * cols, codes, row, col, rows, cols, True)

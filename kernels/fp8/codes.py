@@ -38,8 +38,14 @@ FORMATS = {"e4m3": _format("e4m3", 3, 7, False), "e5m2": _format("e5m2", 2, 15, 
 
 @triton.jit
 def size_of(x):
-    """The bits of the absolute values of fp32 numbers, 0 of what is not finite."""
-    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    """The bits of the absolute values of fp32 numbers."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def finite_size_of(x):
+    """The same, 0 of what is not finite."""
+    size = size_of(x)
     return tl.where(size < INFINITY, size, 0)
 
 
@@ -62,24 +68,28 @@ def scales_of(size, FORMAT: tl.constexpr, POWERS: tl.constexpr):
 
 @triton.jit
 def encode(x, FORMAT: tl.constexpr):
-    """fp32 numbers of at most the largest in absolute value, rounded to nearest even, as uint8."""
+    """fp32 numbers of at most the largest in absolute value, or infinite where the format is, rounded to nearest even,
+    as codes in the last eight bits of int32. Others become anything."""
     SHIFT: tl.constexpr = 23 - FORMAT.mantissa
-    # half a unit, and the difference of the biases
-    OFFSET: tl.constexpr = (1 << (SHIFT - 1)) - 1 - ((127 - FORMAT.bias) << 23)
-    UNITS: tl.constexpr = 2.0 ** (FORMAT.bias - 1 + FORMAT.mantissa)
+    LEAST: tl.constexpr = (128 - FORMAT.bias) << 23
     bits = x.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    code = (size + (((size >> SHIFT) & 1) + OFFSET)) >> SHIFT
-    # Below the smallest normal number they count units, to which adding 2^23 rounds. The product is exact, so that
-    # it makes no difference whether both are one instruction.
-    units = size.to(tl.float32, bitcast=True) * UNITS + 8388608.0
-    code = tl.where(size < ((128 - FORMAT.bias) << 23), units.to(tl.int32, bitcast=True) & 0xFF, code)
-    sign = (bits >> 24) & 0x80
-    if FORMAT.infinite:
-        code = tl.where(size == INFINITY, 0x7C, code)
-        return tl.where(size > INFINITY, 0x7F, code | sign).to(tl.uint8)
-    else:
-        return tl.where(size >= INFINITY, 0x7F, code | sign).to(tl.uint8)
+    if FORMAT.infinite:  # the power of two above the largest number has the code of infinity
+        size = tl.minimum(size, (128 + FORMAT.exponent) << 23)
+    # A sum with 2^SHIFT times the power of two below x, or below the smallest normal number, rounds x to units of the
+    # format, and counts them in its last bits. Both are twice as large: where a compiler makes one instruction of a
+    # product and a sum, the product is an exact one.
+    power = tl.maximum(size & 0x7F800000, LEAST)
+    total = size.to(tl.float32, bitcast=True) * 2.0 + (power + ((SHIFT + 1) << 23)).to(tl.float32, bitcast=True)
+    # the units of the power itself are in the exponent
+    code = total.to(tl.int32, bitcast=True) + ((power - LEAST) >> SHIFT)
+    return (code & 0x7F) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def mark(codes, x, FORMAT: tl.constexpr):
+    """``codes`` of ``x``, those of what the format does not have corrected."""
+    return tl.where(size_of(x) > (INFINITY if FORMAT.infinite else INFINITY - 1), 0x7F, codes)
 
 
 @triton.jit

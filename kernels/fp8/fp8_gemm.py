@@ -191,7 +191,7 @@ def config(args: Args, capability: tuple[int, int]) -> tuple[Config, int, int]:
     tile = Config(
         rows, outputs, 32 if chunks and args.depth % depth else depth, None if native else _launch.dot_dtype(dtype),
         FORMATS.get(args.a_format), FORMATS[args.b_format], args.b_turned, chunks,
-        args.a_rows % rows == 0 or args.a_rows >= M, args.b_rows % outputs == 0 or args.b_rows >= N, unit,
+        args.a_scale is None or args.a_rows % rows == 0 or args.a_rows >= M, args.b_rows % outputs == 0 or args.b_rows >= N, unit,
     )  # fmt: skip
     return tile, warps, stages
 

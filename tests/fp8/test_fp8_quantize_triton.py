@@ -105,6 +105,6 @@ def test_compiled():
 
 def test_nothing_outside_is_read_or_written():
     (x,) = on_the_cpu(random_matrix((1, 13, 131)))
-    blocks = ((1, 128), (5, 100))
+    blocks = ((1, 128), (7, 66))
     calls = [(f"{b}", "accel::fp8_quantize.default", (x, *b, "e4m3", "fp32", True, "triton")) for b in blocks]
     guard.replay(calls, ("accel", leaf.__name__))
