@@ -188,10 +188,11 @@ def config(args: Args, capability: tuple[int, int]) -> tuple[Config, int, int]:
         rows, outputs, depth, warps = 128, 64 if unit == 1 else 128, 128 if native else 64, 8
         stages = 4 if native and capability >= (9, 0) else 3
     chunks = args.depth < K
+    a_one = args.a_scale is None or args.a_rows % rows == 0 or args.a_rows >= M
+    b_one = args.b_rows % outputs == 0 or args.b_rows >= N
     tile = Config(
         rows, outputs, 32 if chunks and args.depth % depth else depth, None if native else _launch.dot_dtype(dtype),
-        FORMATS.get(args.a_format), FORMATS[args.b_format], args.b_turned, chunks,
-        args.a_scale is None or args.a_rows % rows == 0 or args.a_rows >= M, args.b_rows % outputs == 0 or args.b_rows >= N, unit,
+        FORMATS.get(args.a_format), FORMATS[args.b_format], args.b_turned, chunks, a_one, b_one, unit,
     )  # fmt: skip
     return tile, warps, stages
 
