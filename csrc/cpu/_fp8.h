@@ -19,6 +19,8 @@ struct e5m2 {
 typedef uint8_t vb __attribute__((vector_size(W)));
 typedef uint8_t vb_unaligned __attribute__((vector_size(W), aligned(1), may_alias));
 
+typedef int16_t vs2 __attribute__((vector_size(W * 4)));  // as vh2, with signs
+
 constexpr uint32_t MAGNITUDE = 0x7fffffff, INFINITE = 0x7f800000;
 
 inline vu where(Lanes c, vu a, vu b) {
@@ -30,6 +32,14 @@ inline vi max(vi a, vi b) {
   return reinterpret_cast<vi>(_mm512_max_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   return reinterpret_cast<vi>(_mm256_max_epi32(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline vs2 max(vs2 a, vs2 b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vs2>(_mm512_max_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #else
   return a > b ? a : b;
 #endif
@@ -161,7 +171,6 @@ inline void widen(vh2 halves, vf& first, vf& last) {
 template <typename F>
 inline void decode(vh2 codes, vf* x) {
 #if defined(__F16C__)
-  typedef int16_t vs2 __attribute__((vector_size(W * 4)));
   vh2 even = codes << 8, odd = codes & uint16_t(0xff00);
   if constexpr (std::is_same_v<F, e4m3>) {  // an exponent of four bits where fp16 has five
     even = reinterpret_cast<vh2>(reinterpret_cast<vs2>(even) >> 1) & uint16_t(0xbf80);

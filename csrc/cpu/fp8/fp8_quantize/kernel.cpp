@@ -6,7 +6,7 @@
 #include <cstring>
 
 #include "cpu/_fp8.h"
-#include "cpu/_scratch.h"
+#include "cpu/_pack.h"
 
 namespace accel::ACCEL_ISA::fp8 {
 namespace {
@@ -21,7 +21,17 @@ inline vi size_of(vf x) {
 }
 constexpr int32_t NO_SIZE = 1 << 23;
 
+// The same of pairs of bf16, in the upper half of a word each.
+inline vs2 sizes_of(vh2 x) { return reinterpret_cast<vs2>((x & uint16_t(0x7fff)) + uint16_t(0x80)); }
+
 inline vf number_of(vi size) { return reinterpret_cast<vf>(size - NO_SIZE); }
+
+// f(n), where 128, as most blocks have columns, is a constant that loops are unrolled by.
+template <typename G>
+inline void with_size(int64_t n, G f) {
+  if (n == 128) return f(std::integral_constant<int64_t, 128>{});
+  f(n);
+}
 
 // Part of a matrix: rows, and columns of whole blocks.
 struct Part {
@@ -35,6 +45,7 @@ class Quantizer {
       : p(p),
         x(static_cast<const T*>(p.x)),
         span(std::max<int64_t>({1, SPAN / (p.piece() * p.cols), 4 * W / p.cols})),
+        ahead(p.rows == 1 ? p.width : p.cols),
         largest(round_up(std::min(span, p.across()), W)),
         factors(round_up(std::min(span, p.across()), W)),
         scales(round_up(std::min(span, p.across()), W)),
@@ -105,7 +116,8 @@ class Quantizer {
 
   void measure(const Part& part, float* found) {
     if (p.cols >= WIDE) {
-      for (int64_t c = 0; c < part.columns; c += p.cols) *found++ = measure_block(part, c);
+      for (int64_t c = 0; c < part.columns; c += p.cols)
+        with_size(std::min(p.cols, part.columns - c), [&](auto n) { *found++ = measure_block(part, c, n); });
       return;
     }
     for (int64_t c = 0; c < part.columns; c += W) {
@@ -119,19 +131,24 @@ class Quantizer {
     }
   }
 
-  float measure_block(const Part& part, int64_t column) const {
-    const int64_t n = std::min(p.cols, part.columns - column);
+  template <typename N>
+  float measure_block(const Part& part, int64_t column, N n) const {
     vi most = vi{} + NO_SIZE, too = most;
+    vs2 pairs{};
     for (int64_t r = 0; r < part.rows; ++r) {
       const T* const row = row_at(part, r) + column;
+      fetch(row + ahead, n * int64_t(sizeof(T)));
       int64_t c = 0;
-      for (; c + 2 * W <= n; c += 2 * W) {
-        vf a, b;
-        load_two(row + c, a, b);
-        most = max(most, size_of(a)), too = max(too, size_of(b));
+      if constexpr (std::is_same_v<T, bf16>) {
+        for (; c + 2 * W <= n; c += 2 * W)
+          pairs = max(pairs, sizes_of(*reinterpret_cast<const vh2_unaligned*>(row + c)));
+      } else {
+        for (; c + 2 * W <= n; c += 2 * W) most = max(most, size_of(load(row + c))), too = max(too, size_of(load(row + c + W)));
       }
       for (; c < n; c += W) most = max(most, size_of(load_some(row + c, n - c)));
     }
+    const vu words = reinterpret_cast<vu>(pairs);
+    most = max(most, max(reinterpret_cast<vi>(words << 16), reinterpret_cast<vi>(words & 0xffff0000u)));
     return max_lanes(number_of(max(most, too)))[0];
   }
 
@@ -191,12 +208,13 @@ class Quantizer {
       else
         for (int64_t c = 0, i = 0; c < part.columns; c += p.cols, ++i) {
           const vf factor = splat(by[i]);
-          encode_block(row + c, std::min(p.cols, part.columns - c), factor, to + c);
+          with_size(std::min(p.cols, part.columns - c), [&](auto n) { encode_block(row + c, n, factor, to + c); });
         }
     }
   }
 
-  void encode_block(const T* row, int64_t n, vf factor, uint8_t* to) const {
+  template <typename N>
+  void encode_block(const T* row, N n, vf factor, uint8_t* to) const {
     int64_t c = 0;
     for (; c + 2 * W <= n; c += 2 * W) {
       vf a, b;
@@ -242,7 +260,8 @@ class Quantizer {
 
   const Params& p;
   const T* const x;
-  const int64_t span;  // blocks of one
+  const int64_t span;   // blocks of one
+  const int64_t ahead;  // elements to what is measured next: a row of one is too short for the processor to foresee it
   Buffer largest, factors, scales;  // of blocks
   Buffer columns;                   // largest values, then factors, of columns
 };
