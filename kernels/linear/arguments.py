@@ -35,7 +35,7 @@ FAR = 2**31 - 1
 """The place of the first token that is not finite, where there is none."""
 
 LAUNCH_INTS = [
-    *[f"{name}_{axis}" for name in ("x", "y", "u", "raw") for axis in ("b", "h", "t", "group")],
+    *[f"{name}_{axis}" for name in ("x", "y", "u", "raw", "v") for axis in ("b", "h", "t", "group")],
     *["o_b", "o_h", "o_t"],
     *["heads", "state_group", "decay_group", "init_parts", "states_parts", "rows", "columns", "parts", "tiles"],
     *["blocks", "size", "batches", "flags", "group", "grad_b", "grad_h", "grad_t", "out_b", "out_h", "out_t"],
@@ -59,6 +59,7 @@ class Pointers(NamedTuple):
     decay: Tensor | None  # (Hs,), or (2, B, Hs, T) where it is one for each token: see decay_kernel
     factor: Tensor | None  # (B, H, T): f of a query
     constant: Tensor | None  # (B, H, T): c of a query
+    own: Tensor | None  # (B, H, T): f (x · y + c) of a query with its own key, where dots are asked for
     init: Tensor | None  # states to start from
     states: Tensor | None  # states at the end
     totals: Tensor | None  # the logarithm of what they decay a former state by
@@ -174,6 +175,10 @@ def products_of(dtype: torch.dtype) -> dict[str, Any]:
     drop = 16 if dtype == torch.bfloat16 and _launch.INTERPRETING else 0
     return {"dot": _launch.dot_dtype(dtype), "drop": drop, "precision": "ieee"}
 
+
+STEEP = frozenset({"identity", "relu", "squared_relu"})
+"""Features whose slope does not shrink as they do: divided by the denominator of a row of next to no weight, the
+gradient of the query is large."""
 
 ANCHORED = 256
 """Tokens of a part at most, where the gradient of decay is asked for: a running difference starts anew in each."""

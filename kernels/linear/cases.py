@@ -27,6 +27,8 @@ def _calls() -> Iterator[tuple[torch.dtype, tuple[int, int], dict[str, Any]]]:
         for size in (64, 128, 256):
             if size <= LARGEST[dtype]:
                 yield dtype, (size, size), everything
+                if dtype != fp32:  # the output is made again
+                    yield dtype, (size, size), {**everything, "features": "squared_relu"}
     yield bf16, (128, 128), {}
     yield bf16, (128, 64), {"decay": "head", "normalize": False, "features": "identity", "shared": True}
     yield bf16, (64, 64), {"decay": "token", "state": True, "packed": True, "features": "squared_relu"}

@@ -59,8 +59,8 @@ def load_tile(
     ptr, t, seen, step, first, factor,
     KIND: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    """``(tokens, BLOCK)`` from channel ``first`` on, as an operand and in fp32, and whether a token held what is not
-    finite. Such a token is 0 in both, as is what is not seen.
+    """``(tokens, BLOCK)`` from channel ``first`` on as an operand, and whether a token held what is not finite. Such a
+    token is 0, as is what is not seen.
 
     KIND: "feature" of q or k, "value", or "gradient": there a factor of NaN says that the token is not finite, and one
     of 0 that it is not to be looked at.
@@ -78,4 +78,4 @@ def load_tile(
         bad = tl.max(tl.where(is_finite(x), 0, 1), 1) > 0
         # by token: what depends on a reduction is not computed again by each warp, in the layout of an operand
         x = tl.where(bad[:, None], 0.0, x)
-    return operand(x, CONFIG), x, bad
+    return operand(x, CONFIG), bad

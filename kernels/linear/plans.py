@@ -10,7 +10,8 @@ from torch import Tensor
 from accel.kernels import _launch
 from accel.kernels._launch import Launch, launch
 from accel.kernels.linear import states as around
-from accel.kernels.linear.sums import Sum, call_of, kind_of_decay, sum_of, upstream_of
+from accel.kernels.linear.arguments import STEEP
+from accel.kernels.linear.sums import Call, Sum, call_of, kind_of_decay, sum_of, upstream_of
 from accel.ops.layout import empty_like_layout
 from accel.ops.linear.linear_attention import Args
 
@@ -41,7 +42,7 @@ class Backward:
     launches: list[Launch]
     grads: list[Tensor]
     sums: list[Sum]
-    init: Tensor | None  # the gradient of the final state, as that state is for the gradient of q
+    init: Tensor | None  # the state before the first token, as the gradient of q has it
 
 
 def backward_plan(
@@ -62,19 +63,38 @@ def backward_plan(
         else:  # those of each head are summed
             made = x.new_zeros if args.cu_q is not None else x.new_empty
             grads.append(made((x.shape[0], heads, *x.shape[2:]), dtype=torch.float32))
+    fine = grad is not None and args.normalize and q.dtype != torch.float32 and args.features in STEEP
+    if fine:
+        out = torch.empty_like(out, dtype=torch.float32)
     call = call_of(args, out, *grads, *([] if grad is None else [grad]))
-    upstream, launches = upstream_of(call, grad, out, den)
     by_decay = args.decay is not None and needs[0]
+    launches: list[Launch] = []
+    if fine:
+        den, launches = _made_again(args, call, out, capability)
+    upstream, more = upstream_of(call, grad, out, den, by_decay)
+    launches += more
     start = None if args.kv is None else _flat(args.kv, args.k_sum, True)
     final = _final_gradient(args, grad_kv, grad_k_sum)
+    to_start = needs[2] or (by_decay and start is not None)
     sums = [
-        sum_of("grad_q", call, grads[0], start, by_decay and final is not None, capability, upstream, by_decay),
-        sum_of("grad_k", call, grads[1], _of_heads(final, args), needs[2], capability, upstream, by_decay),
+        sum_of("grad_q", call, grads[0], start, False, capability, upstream, by_decay, fine),
+        sum_of("grad_k", call, grads[1], _of_heads(final, args), to_start, capability, upstream, by_decay),
         sum_of("grad_v", call, grads[2], _of_heads(grad_kv, args), needs[1], capability, upstream),
     ]
     for found in sums:
         launches += found.launches
-    return Backward(launches, grads, sums, final)
+    return Backward(launches, grads, sums, start)
+
+
+def _made_again(args: Args, call: Call, out: Tensor, capability: tuple[int, int]) -> tuple[Tensor, list[Launch]]:
+    """Denominators and what fills ``out`` in fp32: the rounded ones may be all there is of a query's gradient."""
+    init = None if args.kv is None else _flat(args.kv, args.k_sum, False)
+    made = sum_of("out", call, out, init, False, capability, fine=True)
+    assert made.den is not None
+    if args.cu_q is not None:
+        out.zero_()
+        made.den.zero_()
+    return made.den, made.launches
 
 
 def _final_gradient(args: Args, grad_kv: Tensor | None, grad_k_sum: Tensor | None) -> Tensor | None:
@@ -122,7 +142,7 @@ def decay_gradient(plan: Backward, args: Args, cu: Tensor | None) -> tuple[Tenso
         grad_ptr=grad,
         queries_ptr=of_queries.dots,
         keys_ptr=of_keys.dots,
-        ends_ptr=_through_ends(plan, args),
+        starts_ptr=_through_starts(plan, args),
         cu_ptr=cu,
         heads=args.state_heads,
         group=args.heads // args.state_heads,
@@ -137,14 +157,17 @@ def decay_gradient(plan: Backward, args: Args, cu: Tensor | None) -> tuple[Tenso
     )
 
 
-def _through_ends(plan: Backward, args: Args) -> Tensor | None:
-    """``(N, Hs, parts)``: the state where a part ends times its gradient, what all pairs give that are on both sides of
-    it."""
-    before, behind, last = plan.sums[0].each, plan.sums[1].each, plan.sums[0].final
-    at_last = None if last is None or plan.init is None else (last.double() * plan.init).sum(-1).float()
+def _through_starts(plan: Backward, args: Args) -> Tensor | None:
+    """``(N, Hs, parts)``: the state where a part starts times its gradient, what all pairs give that are on both sides
+    of it."""
+    before, behind, first = plan.sums[0].each, plan.sums[1].each, plan.sums[1].final
+    at_first = None
+    if plan.init is not None:
+        assert first is not None
+        at_first = (over_groups(first, args.state_heads).double() * plan.init).sum(-1).float()[..., None]
     if before is None:
-        return None if at_last is None else at_last[..., None]
+        return at_first
     assert behind is not None
     behind = over_groups(behind, args.state_heads)
-    ends = (behind[:, :, :-1] * before[:, :, 1:]).sum(-1)
-    return torch.cat([ends, (ends.new_zeros(ends.shape[:2]) if at_last is None else at_last)[..., None]], -1)
+    starts = (behind[:, :, :-1] * before[:, :, 1:]).sum(-1)
+    return torch.cat([starts.new_zeros((*starts.shape[:2], 1)) if at_first is None else at_first, starts], -1)

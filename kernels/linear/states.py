@@ -107,10 +107,12 @@ def spread_kernel(
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def factors_kernel(
-    factor_ptr, constant_ptr, grad_ptr, out_ptr, den_ptr, grad_b, grad_h, grad_t, out_b, out_h, out_t, heads, rows,
-    batches, numbers, UNIT: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+    factor_ptr, constant_ptr, own_ptr, grad_ptr, out_ptr, v_ptr, den_ptr, grad_b, grad_h, grad_t, out_b, out_h, out_t,
+    v_b, v_h, v_t, v_group, heads, rows, batches, numbers, UNIT: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What each row's upstream gradient is to be multiplied by, and −(output · gradient) of the row.
+    """What each row's upstream gradient is to be multiplied by, −(output · gradient) of the row, and what its own value
+    gives to the gradient of the weight.
 
     The factor is 0 where the row's output is not finite, which has no gradient, and NaN where the gradient is not.
     """
@@ -138,6 +140,13 @@ def factors_kernel(
     tl.store(factor_ptr + place, factor, mask=t < rows)
     if constant_ptr is not None:
         tl.store(constant_ptr + place, tl.where(seen & (bad == 0), constant, 0.0), mask=t < rows)
+    if own_ptr is not None:
+        v_at = (batch * v_b + head // v_group * v_h) * UNIT + t.to(tl.int64)[:, None] * (v_t * UNIT) + e[None, :]
+        own = tl.sum(tl.load(v_ptr + v_at, mask=inside, other=0.0).to(tl.float32) * grad, 1)
+        if constant_ptr is not None:
+            own += constant
+        own *= factor
+        tl.store(own_ptr + place, tl.where(is_finite(own), own, 0.0), mask=t < rows)  # a masked value may be NaN
 
 
 @triton.jit
@@ -152,14 +161,15 @@ def _of_group(dots_ptr, t, inside, batch, head, heads, group, batches, rows, til
 
 @triton.jit(do_not_specialize=LAUNCH_INTS)
 def decay_gradient_kernel(
-    grad_ptr, queries_ptr, keys_ptr, ends_ptr, cu_ptr, heads, group, batches, rows, parts, tiles, flags,
+    grad_ptr, queries_ptr, keys_ptr, starts_ptr, cu_ptr, heads, group, batches, rows, parts, tiles, flags,
     TOKEN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of decay from the products of features with their gradients, a part of a sequence a program.
 
-    A token's decay is in the weight of each query from it on with each key before it: what queries give less what keys
-    give cancels but for those, summed from the end of a part, where pairs on both sides of it enter: the state there
-    times its gradient. Summed from the end of a long sequence it would drift. In fp64, as little is left of much.
+    A token's decay is in the weight of each query from it on with each key before it. What keys before it give less
+    what queries before it give cancels but for those, summed from the start of a part, where pairs on both sides of it
+    enter: the state there times its gradient. Summed from the start of a long sequence it would drift. In fp64, as
+    little is left of much. Not from the end, where the last keys enter the final state whole, however heavy decay is.
     ``tiles`` and ``flags``: how many tiles the products come in.
     """
     part = tl.program_id(0) % parts
@@ -174,16 +184,16 @@ def decay_gradient_kernel(
     start = tl.minimum(start + part * each, stop)
     stop = tl.minimum(start + each, stop)
     carry = tl.sum(tl.zeros((BLOCK,), tl.float64), 0)
-    if ends_ptr is not None:
-        carry += tl.load(ends_ptr + tl.program_id(0)).to(tl.float64)
+    if starts_ptr is not None:
+        carry += tl.load(starts_ptr + tl.program_id(0)).to(tl.float64)
     total = carry * 0.0
-    blocks = tl.cdiv(stop - start, BLOCK)
-    for step in tl.range(0, blocks):
-        t = start + (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
+    for t0 in tl.range(start, stop, BLOCK):
+        t = t0 + tl.arange(0, BLOCK)
         inside = t < stop
-        added = _of_group(queries_ptr, t, inside, batch, head, heads, group, batches, rows, tiles)
-        added -= _of_group(keys_ptr, t, inside, batch, head, heads, group, batches, rows, flags)
-        found = tl.cumsum(added, 0, reverse=True) + carry
+        passed = inside & (t > start)
+        added = _of_group(keys_ptr, t - 1, passed, batch, head, heads, group, batches, rows, flags)
+        added -= _of_group(queries_ptr, t - 1, passed, batch, head, heads, group, batches, rows, tiles)
+        found = tl.cumsum(added, 0) + carry
         carry += tl.sum(added, 0)
         if TOKEN:
             tl.store(grad_ptr + (batch * heads + head) * rows + t, found.to(tl.float32), mask=inside)

@@ -32,6 +32,7 @@ class Upstream:
     grad: Tensor
     factor: Tensor
     constant: Tensor | None
+    own: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def sum_of(
     capability: tuple[int, int],
     upstream: Upstream | None = None,
     dots: bool = False,
+    fine: bool = False,
 ) -> Sum:
     """Launches that fill ``o (B, H, rows, V)``. ``init``: the state before the first token, or the gradient of that
     after the last."""
@@ -110,7 +112,7 @@ def sum_of(
     rows, columns = call.tokens[::-1] if reverse else call.tokens
     owners = heads if reverse else args.state_heads  # of states
     r, v = y.shape[3], u.shape[3]
-    fine = dots and args.q.dtype != torch.float32
+    fine = (fine or dots) and args.q.dtype != torch.float32
     tile = tile_of(r, v, args.q.dtype, fine, columns, capability)
     tiles = triton.cdiv(v, tile.values)
     parts = parts_of(sequences * (heads if args.causal else owners) * tiles, columns)
@@ -169,6 +171,7 @@ def sum_of(
             decay=decay,
             factor=None if upstream is None else upstream.factor,
             constant=None if upstream is None else upstream.constant,
+            own=upstream.own if upstream is not None and has_rows and dots else None,
             **{name: more.get(name) for name in ("init", "states", "totals", "first", "flags")},
         )
         steps: dict[str, int] = {}
@@ -295,13 +298,17 @@ def _spread_launch(
     )
 
 
-def upstream_of(call: Call, grad: Tensor | None, out: Tensor, den: Tensor) -> tuple[Upstream, list[Launch]]:
-    args = call.args
+def upstream_of(
+    call: Call, grad: Tensor | None, out: Tensor, den: Tensor, by_decay: bool
+) -> tuple[Upstream, list[Launch]]:
+    args, heads, unit = call.args, call.args.heads, call.unit
     zeros = out.new_zeros(out.shape[:3], dtype=torch.float32)
     if grad is None:
-        return Upstream(out, zeros, zeros if args.normalize else None), []
-    made = Upstream(grad, torch.empty_like(zeros), torch.empty_like(zeros) if args.normalize else None)
-    steps = {**_steps("grad", grad, args.heads, call.unit), **_steps("out", out, args.heads, call.unit)}
+        return Upstream(out, zeros, zeros if args.normalize else None, zeros if by_decay else None), []
+    constant, own = [torch.empty_like(zeros) if wanted else None for wanted in (args.normalize, by_decay)]
+    made = Upstream(grad, torch.empty_like(zeros), constant, own)
+    v = args.v if by_decay else None
+    steps = {**_steps("grad", grad, heads, unit), **_steps("out", out, heads, unit), **_steps("v", v, heads, unit)}
     e = out.shape[3]
     block = max(1, 2048 // block_of(e))
     step = launch(
@@ -310,8 +317,10 @@ def upstream_of(call: Call, grad: Tensor | None, out: Tensor, den: Tensor) -> tu
         4,
         factor_ptr=made.factor,
         constant_ptr=made.constant,
+        own_ptr=made.own,
         grad_ptr=grad,
         out_ptr=out,
+        v_ptr=v,
         den_ptr=den if args.normalize else None,
         **steps,
         heads=args.heads,

@@ -7,9 +7,11 @@ two exponentials, one of them of a positive number, would overflow.
 
 Where the order is not causal, one launch sums up all columns and another computes the rows.
 
-The gradient of decay is a running sum, over a part's tokens, of what gradients of q give less what those of k give: the
-same numbers in another order, which all but cancel. Where it is asked for, pairs and states are **fine** if operands
-are rounded: each is two, the rounded number and what it lacks. Upstream gradients and values are exact as they are.
+The gradient of decay is a running sum, over a part's tokens, of what gradients of k give less what those of q give: the
+same numbers in another order, which all but cancel. A token with itself, which depends on no decay, is left out of
+both: beside heavy decay it would be all there is. The gradient of a query of little weight is a difference of large
+numbers, too. For both, pairs and states are **fine** if operands are rounded: each is two, the rounded number and what
+it lacks. Upstream gradients and values are exact as they are, and features the same rounded ones in all sums.
 """
 
 from __future__ import annotations
@@ -231,13 +233,13 @@ def sweep_kernel(
             weight = tl.where(factor == factor, factor, 0.0)
         # in the order in which registers hold it all: x and y, their pairs, then u and what it is multiplied with
         if CONFIG.rows:
-            x, _, x_bad = load_tile(x_ptr, t, row_seen, x_t * UNIT, 0, factor, KINDS[0], R, BLOCK_R, CONFIG)
+            x, x_bad = load_tile(x_ptr, t, row_seen, x_t * UNIT, 0, factor, KINDS[0], R, BLOCK_R, CONFIG)
             if MODE == "out" and Z > 0:
                 den = tl.sum(x.to(tl.float32) * z[None, :], 1)
                 if CONFIG.decay != "":
                     den *= row_decay
         if CONFIG.columns:
-            y, _, y_bad = load_tile(y_ptr, t, column_seen, y_t * UNIT, 0, factor, KINDS[1], R, BLOCK_R, CONFIG)
+            y, y_bad = load_tile(y_ptr, t, column_seen, y_t * UNIT, 0, factor, KINDS[1], R, BLOCK_R, CONFIG)
             if MODE == "out" and Z > 0:
                 counted = y.to(tl.float32)
                 if CONFIG.decay != "":
@@ -258,17 +260,20 @@ def sweep_kernel(
                 w *= between(pointers, t, inside, ordered, decay_at, plane, REVERSE, CONFIG)
             if REVERSE:
                 w *= weight[None, :]
+            if pointers.dots is not None:
+                ordered = ordered & (t[:, None] != t[None, :])
             w = tl.where(ordered, w, 0.0)
             pairs = operand(w, CONFIG)
             if CONFIG.fine:
                 more_pairs = remainder(w, pairs, CONFIG)
             if MODE == "out" and Z > 0:
-                den += tl.sum(pairs.to(tl.float32), 1)  # of those that are used: a row of one key gives its value
+                used = pairs.to(tl.float32)
+                if CONFIG.fine:
+                    used += more_pairs.to(tl.float32)
+                den += tl.sum(used, 1)  # of those that are used: a row of one key gives its value
         if CONFIG.columns:
-            u, u_wide, u_bad = load_tile(u_ptr, t, column_seen, u_t * UNIT, v0, factor, KINDS[2], V, BLOCK_V, CONFIG)
+            u, u_bad = load_tile(u_ptr, t, column_seen, u_t * UNIT, v0, factor, KINDS[2], V, BLOCK_V, CONFIG)
             weighed = u.to(tl.float32)
-            if CONFIG.fine:
-                weighed = u_wide
             if REVERSE:
                 weighed *= weight[:, None]
             if CONFIG.decay != "":
@@ -305,8 +310,6 @@ def sweep_kernel(
                 o = tl.dot(pairs, u, o, input_precision=CONFIG.precision)
                 if CONFIG.fine:
                     o = tl.dot(more_pairs, u, o, input_precision=CONFIG.precision)
-                    if CONFIG.features != "identity":
-                        o = tl.dot(pairs, remainder(u_wide, u, CONFIG), o, input_precision=CONFIG.precision)
             if MODE == "out":
                 o *= numbers.scale
                 if Z > 0:
@@ -338,7 +341,10 @@ def sweep_kernel(
                     good = is_finite(found) & seen_v
                     if pointers.dots is not None:
                         dots_at = (tile * batches).to(tl.int64) * heads * rows + by_row + t
-                        tl.store(pointers.dots + dots_at, tl.sum(tl.where(good, found * o, 0.0), 1), mask=inside)
+                        along = operand(found, CONFIG).to(tl.float32) * o
+                        tl.store(pointers.dots + dots_at, tl.sum(tl.where(good, along, 0.0), 1), mask=inside)
+                        own = tl.load(pointers.own + by_row + t, mask=inside, other=0.0)
+                        o += own[:, None] * u.to(tl.float32)
                     o = tl.where(good, o * slope(raw, CONFIG.features), 0.0)
             o = tl.where(lost[:, None], float("nan"), o)
             if BY_KEYS:

@@ -251,3 +251,23 @@ def test_the_gradient_of_decay_does_not_drift(normalize: bool, of: str, monkeypa
 
     want = gradient("reference", torch.float64, "cpu")
     assert_close(gradient("triton", FP32, DEVICE), want, "sum_grad" if of == "head" else "linear_grad", FP32)
+
+
+@pytest.mark.parametrize("parts", [False, pytest.param(True, marks=SLOW)], ids=["whole", "parts"])
+def test_the_gradient_of_heavy_decay_through_states(parts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last key enters the final state whole: what it gives must not be a difference of the gradients of others."""
+    if parts:
+        monkeypatch.setattr(arguments, "ANCHORED", 16)
+    given = drawn(40, heads=1, size=8)
+    given["log_decay"].fill_(-12.0)  # of heavier ones the reference has no more digits
+
+    def gradient(backend: str, dtype: torch.dtype) -> torch.Tensor:
+        *leaves, kv, k_sum = [x.to(dtype) for x in (*(given[n] for n in ("q", "k", "v")), *given["initial_state"])]
+        decay = given["log_decay"].to(dtype).requires_grad_()
+        out, state = accel.linear_attention(
+            *leaves, causal=True, log_decay=decay, initial_state=(kv, k_sum), return_state=True, backend=backend
+        )
+        made = [out, *state]
+        return torch.autograd.grad(made, decay, [testing.running.random_like(x, i) for i, x in enumerate(made)])[0]
+
+    assert_close(gradient("triton", FP32), gradient("reference", torch.float64), "linear_grad", FP32)
