@@ -37,7 +37,7 @@ X86_LEVELS = [
     ("portable", 4, ["-march=x86-64"]),
     ("avx2", 8, ["-march=x86-64-v3"]),
     ("avx512", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512"]),
-    ("avx512_bf16", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16"]),
+    ("avx512_bf16", 16, ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vbmi"]),
 ]
 CUDA_ARCHS = ("80", "90", "100")
 OWN_INSTRUCTIONS = ("90",)  # kernels use what only this one has, wgmma; its PTX is without, as later devices run it

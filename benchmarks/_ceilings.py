@@ -31,20 +31,20 @@ class Ceilings:
     sources: dict[str, str] = field(default_factory=dict)  # dtype name -> what gave that
     mm: dict[str, float] = field(default_factory=dict)  # dtype name -> FLOP a second of torch.mm
 
-    def bandwidth(self, moved: int) -> float:
-        """The copy bandwidth at this size: what fits a cache is held against the cache."""
+    def bandwidth(self, moved: int, cold: bool = False) -> float:
+        """The copy bandwidth at this size: what fits a cache is held against the cache, unless it is ``cold``."""
         for size, rate in self.copy:
-            if moved <= size:
+            if moved <= size and not cold:
                 return rate
         return self.copy[-1][1]
 
-    def floor_ms(self, flops: int, moved: int, dtype: str) -> float:
+    def floor_ms(self, flops: int, moved: int, dtype: str, cold: bool = False) -> float:
         """The least time for this work: the slower of moving the bytes and of multiplying."""
-        return 1e3 * max(moved / self.bandwidth(moved), flops / self.multiply[dtype])
+        return 1e3 * max(moved / self.bandwidth(moved, cold), flops / self.multiply[dtype])
 
-    def source(self, flops: int, moved: int, dtype: str) -> str:
+    def source(self, flops: int, moved: int, dtype: str, cold: bool = False) -> str:
         """What that least time was taken from."""
-        moving = moved / self.bandwidth(moved) >= flops / self.multiply[dtype]
+        moving = moved / self.bandwidth(moved, cold) >= flops / self.multiply[dtype]
         return "copying" if moving else self.sources.get(dtype, MM)
 
 

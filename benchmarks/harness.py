@@ -332,8 +332,8 @@ def one_line(error: BaseException, most: int = 240) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def fill_timing(row: Row, timing: Timing, cost: Cost | None, ceilings: Ceilings) -> None:
-    """Write a timing into a row, with what follows from it and the case's cost."""
+def fill_timing(row: Row, timing: Timing, cost: Cost | None, ceilings: Ceilings, cold: bool = False) -> None:
+    """Write a timing into a row, with what follows from it and the case's cost, of bytes in no cache if ``cold``."""
     row.p20_ms, row.p50_ms, row.p80_ms = 1e3 * timing.p20, 1e3 * timing.p50, 1e3 * timing.p80
     row.cpu_ms = 1e3 * timing.cpu
     row.samples, row.left_out = timing.samples, timing.left_out
@@ -341,9 +341,9 @@ def fill_timing(row: Row, timing: Timing, cost: Cost | None, ceilings: Ceilings)
     if cost is not None:
         row.tflops = cost.flops / timing.p50 / 1e12
         row.gbs = cost.moved / timing.p50 / 1e9
-        row.floor_ms = ceilings.floor_ms(cost.flops, cost.moved, row.dtype)
+        row.floor_ms = ceilings.floor_ms(cost.flops, cost.moved, row.dtype, cold)
         row.of_ceiling = row.floor_ms / row.p50_ms
-        row.ceiling = ceilings.source(cost.flops, cost.moved, row.dtype)
+        row.ceiling = ceilings.source(cost.flops, cost.moved, row.dtype, cold)
 
 
 def run_case(
@@ -408,7 +408,7 @@ def run_case(
         timings = measure(contenders, clock, effort, device)
         for row in rows:
             if row.provider in timings:
-                fill_timing(row, timings[row.provider], cost, ceilings)
+                fill_timing(row, timings[row.provider], cost, ceilings, bool(case.cold))
         yield rows
 
 

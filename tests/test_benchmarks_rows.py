@@ -13,9 +13,20 @@ from torch import Tensor
 
 from accel.benchmarks import _choice, _tables, _timing, goals, harness
 from accel.benchmarks.goals import Goal
-from accel.benchmarks.harness import Case, Provider, Row
+from accel.benchmarks.harness import Case, Cost, Provider, Row
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_what_is_cold_is_held_against_memory_and_the_rest_against_a_cache_of_its_size(monkeypatch) -> None:
+    monkeypatch.setattr(harness, "COLD", 1)  # no copies
+    assert CEILINGS.floor_ms(0, 1 << 20, "fp32") == pytest.approx(1e3 * 2**20 / 4e9)
+    assert CEILINGS.floor_ms(0, 1 << 20, "fp32", cold=True) == pytest.approx(1e3 * 2**20 / 1e9)
+    warm = make_case(provider_of("accel", lambda x, y: x * y))
+    warm = dataclasses.replace(warm, costs={mode: Cost(0, cost.moved) for mode, cost in warm.costs.items()})
+    times = {"accel": [0.002]}
+    floors = [rows_of(case, FakeClock(times))[0].floor_ms for case in (warm, dataclasses.replace(warm, cold=(1,)))]
+    assert floors[1] == pytest.approx(4 * floors[0])
 
 
 def test_a_right_row_has_times_and_what_follows_from_them() -> None:

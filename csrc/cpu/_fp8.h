@@ -94,7 +94,7 @@ constexpr bool IS_CODE = std::is_same_v<T, e4m3> || std::is_same_v<T, e5m2>;
 
 // What decoded numbers are yet to be multiplied with: read as an fp16, whose exponents go down to −14, an e4m3 is 2⁸ too
 // small.
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(__AVX512VBMI__)
 template <typename T>
 constexpr float FACTOR = std::is_same_v<T, e4m3> ? 256.0f : 1.0f;
 #else
@@ -145,12 +145,67 @@ inline void put_in_order(vf* x) {
 template <typename F>
 inline vh2 load_pairs(const F* p, int64_t n) {
   if (n >= STEP) return *reinterpret_cast<const vh2_unaligned*>(p);
+#if defined(__AVX512BW__)
+  return reinterpret_cast<vh2>(_mm512_maskz_loadu_epi8((uint64_t(1) << n) - 1, p));  // no call: registers stay where they are
+#else
   alignas(64) F some[STEP]{};
   std::memcpy(some, p, size_t(n));
   return *reinterpret_cast<const vh2_unaligned*>(some);
+#endif
 }
 
-#if defined(__F16C__)
+#if defined(__AVX512VBMI__)
+// The numbers of codes without their signs, as bf16, which holds all of them: subnormal ones are normal there.
+template <typename F>
+struct Table {
+  alignas(64) uint8_t low[128], high[128];
+
+  constexpr Table() : low{}, high{} {
+    for (int code = 0; code < 128; ++code) low[code] = uint8_t(number(code)), high[code] = uint8_t(number(code) >> 8);
+  }
+
+  static constexpr int number(int code) {
+    constexpr int SHIFT = 7 - F::MANTISSA, NORMAL = 1 << F::MANTISSA, OTHER = F::MANTISSA == 3 ? 0x7f : 0x7c;
+    if (code >= OTHER) return code == 0x7c ? 0x7f80 : 0x7fc0;
+    if (code >= NORMAL || code == 0) return code ? (code << SHIFT) + ((F::LEAST - 1) << 7) : 0;
+    int power = 0;
+    while (code >> (power + 1)) ++power;
+    return ((F::LEAST - F::MANTISSA + power) << 7) | ((code << (7 - power)) & 0x7f);
+  }
+};
+template <typename F>
+constexpr Table<F> TABLE;
+
+// The numbers of a step as bf16 in the order of their codes.
+template <typename F>
+inline void decode_pairs(vh2 codes, vf* pairs) {
+  // the bytes that are put beside one another below are those of the same 16 bytes of two vectors
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i code = _mm512_permutexvar_epi64(order, reinterpret_cast<__m512i>(codes));
+  const auto look_up = [&](const uint8_t* table) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), code, _mm512_load_si512(table + 64));
+  };
+  const __m512i low = look_up(TABLE<F>.low), high = look_up(TABLE<F>.high);
+  constexpr int A_OR_B_AND_C = 0xf8;
+  const __m512i signed_ = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), A_OR_B_AND_C);
+  pairs[0] = reinterpret_cast<vf>(_mm512_unpacklo_epi8(low, signed_));
+  pairs[1] = reinterpret_cast<vf>(_mm512_unpackhi_epi8(low, signed_));
+}
+
+// Codes of two rows, each of the first beside that of the second.
+inline void mate_codes(vh2 first, vh2 second, vh2* mated) {
+  struct Order {
+    alignas(64) uint8_t from[128];
+    constexpr Order() : from{} {
+      for (int i = 0; i < 128; ++i) from[i] = uint8_t(i / 2 + i % 2 * 64);
+    }
+  };
+  static constexpr Order ORDER;
+  const __m512i a = reinterpret_cast<__m512i>(first), b = reinterpret_cast<__m512i>(second);
+  for (int i = 0; i < 2; ++i)
+    mated[i] = reinterpret_cast<vh2>(_mm512_permutex2var_epi8(a, _mm512_load_si512(ORDER.from + 64 * i), b));
+}
+#elif defined(__F16C__)
 // fp32 of the first and of the last W halves.
 inline void widen(vh2 halves, vf& first, vf& last) {
 #if defined(__AVX512F__)
@@ -167,10 +222,17 @@ inline void widen(vh2 halves, vf& first, vf& last) {
 }
 #endif
 
-// The numbers of a step over FACTOR<F>, but for NaN of e4m3, which no fp16 of its bits stands for: see Nans.
+// The numbers of a step over FACTOR<F>. By fp16 all but NaN of e4m3, which none of its bits stands for: see Nans.
 template <typename F>
 inline void decode(vh2 codes, vf* x) {
-#if defined(__F16C__)
+#if defined(__AVX512VBMI__)
+  vf pairs[2];
+  decode_pairs<F>(codes, pairs);
+  for (int i = 0; i < 2; ++i) {
+    const vu words = reinterpret_cast<vu>(pairs[i]);
+    x[i] = reinterpret_cast<vf>(words << 16), x[2 + i] = reinterpret_cast<vf>(words & 0xffff0000u);
+  }
+#elif defined(__F16C__)
   vh2 even = codes << 8, odd = codes & uint16_t(0xff00);
   if constexpr (std::is_same_v<F, e4m3>) {  // an exponent of four bits where fp16 has five
     even = reinterpret_cast<vh2>(reinterpret_cast<vs2>(even) >> 1) & uint16_t(0xbf80);
@@ -191,7 +253,7 @@ inline void decode(vh2 codes, vf* x) {
 template <typename F>
 class Nans {
  public:
-#if defined(__F16C__)
+#if defined(__F16C__) && !defined(__AVX512VBMI__)
   void look_at(vh2 codes) {
     if constexpr (std::is_same_v<F, e4m3>) most_ = max_bytes(most_, add_bytes(codes, codes));  // without their signs
   }
@@ -255,6 +317,21 @@ inline void load_step(const T* p, int64_t n, vf* x) {
     x[2] = every_other<1>(each[0], each[1], ALL), x[3] = every_other<1>(each[2], each[3], ALL);
   }
 }
+
+#if defined(__AVX512VBMI__)
+// The same as pairs of bf16, in their order.
+template <typename T>
+inline void load_step_pairs(const T* p, int64_t n, vf* pairs) {
+  if constexpr (IS_CODE<T>) {
+    decode_pairs<T>(load_pairs(p, n), pairs);
+  } else {
+    static_assert(std::is_same_v<T, bf16>);
+    const auto some = [](int64_t left) { return left >= 2 * W ? ~0u : left > 0 ? (1u << left) - 1 : 0u; };
+    for (int i = 0; i < 2; ++i)
+      pairs[i] = reinterpret_cast<vf>(_mm512_maskz_loadu_epi16(some(n - i * 2 * W), p + i * 2 * W));
+  }
+}
+#endif
 
 // The same as they lie, themselves.
 template <typename T>

@@ -58,8 +58,14 @@ inline vf broadcast(const float* p) {
   return reinterpret_cast<vf>(word - vi{});
 }
 
-template <bool PAIRS, bool SCALED, int MR, int NV>
-inline void micro(const Gemm& g, int64_t row, int64_t col) {
+// Called now and then, see gemm.
+struct Nothing {
+  void operator()() const {}
+};
+constexpr int BETWEEN = 32;  // as many words are added up from one call to the next
+
+template <bool PAIRS, bool SCALED, int MR, int NV, typename Between>
+inline void micro(const Gemm& g, int64_t row, int64_t col, Between& between) {
   const float* a = g.a + row * g.row_a;
   const float* b = g.b + col;
   vf acc[MR][NV];
@@ -67,16 +73,20 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
   for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[m][v] = vf{};
-  for (int k = 0; k < g.K; ++k) {
-    vf bv[NV];
+  const int some = std::is_same_v<Between, Nothing> ? g.K : BETWEEN;
+  for (int from = 0; from < g.K; from += some) {
+    between();
+    for (int k = from; k < std::min(g.K, from + some); ++k) {
+      vf bv[NV];
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bv[v] = load(b + v * W);
+      for (int v = 0; v < NV; ++v) bv[v] = load(b + v * W);
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m)
+      for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<PAIRS>(acc[m][v], broadcast<PAIRS>(a + m * g.row_a), bv[v]);
-    a += g.col_a;
-    b += g.ldb;
+        for (int v = 0; v < NV; ++v) acc[m][v] = multiply_add<PAIRS>(acc[m][v], broadcast<PAIRS>(a + m * g.row_a), bv[v]);
+      a += g.col_a;
+      b += g.ldb;
+    }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m)
@@ -92,40 +102,50 @@ inline void micro(const Gemm& g, int64_t row, int64_t col) {
     }
 }
 
-template <bool PAIRS, bool SCALED, int NV, int MR>
-inline void micro_rows(const Gemm& g, int rows, int64_t row, int64_t col) {
+template <bool PAIRS, bool SCALED, int NV, int MR, typename Between>
+inline void micro_rows(const Gemm& g, int rows, int64_t row, int64_t col, Between& between) {
   if constexpr (MR > 1) {
-    if (rows < MR) return micro_rows<PAIRS, SCALED, NV, MR - 1>(g, rows, row, col);
+    if (rows < MR) return micro_rows<PAIRS, SCALED, NV, MR - 1>(g, rows, row, col, between);
   }
-  micro<PAIRS, SCALED, MR, NV>(g, row, col);
+  micro<PAIRS, SCALED, MR, NV>(g, row, col, between);
 }
 
 // Rows split evenly: 49 rows as 10 10 10 10 9 keep every tile busy, where 12 12 12 12 1 would end in a slow one.
-template <bool PAIRS, bool SCALED, int NV>
-inline void panel(const Gemm& g, int M, int64_t col) {
+template <bool PAIRS, bool SCALED, int NV, typename Between>
+inline void panel(const Gemm& g, int M, int64_t col, Between& between) {
   constexpr int MR = max_rows(NV);
   int tiles = (M + MR - 1) / MR;
   for (int t = 0, row = 0; t < tiles; ++t) {
     int rows = (M - row + tiles - t - 1) / (tiles - t);
-    micro_rows<PAIRS, SCALED, NV, MR>(g, rows, row, col);
+    micro_rows<PAIRS, SCALED, NV, MR>(g, rows, row, col, between);
     row += rows;
   }
 }
 
-template <bool PAIRS = false, bool SCALED = false>
-inline void gemm(const Gemm& g, int M, int nv) {
+// `between` is called beside the products, as often as gemm_calls tells: what it fetches comes while they are made.
+template <bool PAIRS = false, bool SCALED = false, typename Between = Nothing>
+inline void gemm(const Gemm& g, int M, int nv, Between between = {}) {
   int panels = (nv + MAX_NV - 1) / MAX_NV;
   for (int p = 0, v = 0; p < panels; ++p) {
     int width = (nv - v + panels - p - 1) / (panels - p);
     int64_t col = int64_t(v) * W;
-    if (width == 1) panel<PAIRS, SCALED, 1>(g, M, col);
-    if (width == 2) panel<PAIRS, SCALED, 2>(g, M, col);
+    if (width == 1) panel<PAIRS, SCALED, 1>(g, M, col, between);
+    if (width == 2) panel<PAIRS, SCALED, 2>(g, M, col, between);
     if constexpr (MAX_NV >= 4) {
-      if (width == 3) panel<PAIRS, SCALED, 3>(g, M, col);
-      if (width == 4) panel<PAIRS, SCALED, 4>(g, M, col);
+      if (width == 3) panel<PAIRS, SCALED, 3>(g, M, col, between);
+      if (width == 4) panel<PAIRS, SCALED, 4>(g, M, col, between);
     }
     v += width;
   }
+}
+
+inline int gemm_calls(int M, int nv, int K) {
+  int tiles = 0;
+  for (int v = 0, panels = (nv + MAX_NV - 1) / MAX_NV, p = 0; p < panels; ++p) {
+    const int width = (nv - v + panels - p - 1) / (panels - p);
+    tiles += (M + max_rows(width) - 1) / max_rows(width), v += width;
+  }
+  return tiles * ((K + BETWEEN - 1) / BETWEEN);
 }
 
 }  // namespace accel::ACCEL_ISA

@@ -90,11 +90,13 @@ BEHAVIOUR = [
     case("stored", (3, 130), 7, stored="block"),
 ]
 # torch's own products, of which all is made here, choose their path by the rows; xᵀ in eight bits does not change with
-# x; the backend of the tests is not to be found in the process that guards pages.
+# x; the backend of the tests is not to be found in the process that guards pages; the gradient of a weight that is not
+# quantised is torch's product, whose bits may depend on the number of threads.
 CHECKS = [
     (name, check)
     for name, check in testing.check_op(accel.fp8_linear, CASES, BEHAVIOUR, [], BACKENDS)
     if "-batch-" not in name and "guard_pages" not in name and ("inplace" not in name or "kept" in name)
+    if not name.endswith("repeat-weight only")
 ]
 
 

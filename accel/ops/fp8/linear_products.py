@@ -145,7 +145,7 @@ def backward(
             assert args.kept is not None
             codes_t, scale_t = _columns(args.kept, args, "e4m3", backend)
         dtype = fp8_gemm.OUT_DTYPES[args.weight_dtype]
-        made[1] = multiply(g_t, Codes(codes_t, scale_t, "e4m3"), None, _summed_in(dtype), backend).to(dtype)
+        made[1] = multiply(g_t, Codes(codes_t, scale_t, "e4m3"), None, dtype, backend)
     return made[0], made[1], made[2]
 
 

@@ -33,10 +33,10 @@ std::vector<Chunk> chunks_of(int64_t depth, int64_t block) {
   return chunks;
 }
 
-// Columns of a task: fewer where there would be too few tasks for all workers.
+// Columns of a task: fewer where there would be too few tasks for all workers. No bit depends on it.
 int64_t columns_of_task(const Params& p) {
   const int64_t wide = p.row_blocks() * count_of(p.outputs, TASK_COLUMNS);
-  return p.few() || wide < 16 ? FEW_COLUMNS : TASK_COLUMNS;
+  return p.few() || wide < 4 * int64_t(torch::stable::get_num_threads()) ? LEAST_COLUMNS : TASK_COLUMNS;
 }
 
 Tensor multiply(Tensor a, Tensor b, OptionalTensor a_scale, Tensor b_scale, OptionalTensor bias, std::string a_format,
@@ -60,11 +60,22 @@ Tensor multiply(Tensor a, Tensor b, OptionalTensor a_scale, Tensor b_scale, Opti
   const std::vector<Chunk> chunks = chunks_of(p.depth, depth);
   p.chunks = chunks.data(), p.count = int64_t(chunks.size());
   p.task_columns = columns_of_task(p);
-  std::atomic<int64_t> next{0};
-  p.next = &next;
+  const bool packed = p.packed();
+  const int64_t together = packed ? std::min(p.row_blocks(), PACKED_BLOCKS) : p.row_blocks();
+  const int64_t words = packed ? together * p.count * ACCEL_LEVEL(fp8::panel_words)(p) : 0;
+  Tensor panels = torch::stable::new_empty(a, {words}, ScalarType::Float);
+  if (packed) p.panels = static_cast<float*>(panels.mutable_data_ptr());
+  const auto pack = ACCEL_LEVEL(fp8::pack);
   const auto run = ACCEL_LEVEL(fp8::multiply);
-  const int64_t workers = std::min<int64_t>(p.tasks(), torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { run(p); });
+  for (p.from_block = 0; p.from_block < p.row_blocks(); p.from_block = p.end_block) {
+    p.end_block = std::min(p.row_blocks(), p.from_block + together);
+    if (packed)
+      torch::stable::parallel_for(0, p.blocks() * p.count, 4, [&](int64_t from, int64_t to) { pack(p, from, to); });
+    std::atomic<int64_t> next{0};
+    p.next = &next;
+    const int64_t workers = std::min<int64_t>(p.tasks(), torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { run(p); });
+  }
   return out;
 }
 

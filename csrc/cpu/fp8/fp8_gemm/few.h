@@ -5,12 +5,13 @@
 
 namespace accel::ACCEL_ISA::fp8 {
 
-// The rows of a in fp32, in steps, and their scales.
-struct Steps {
-  const float* x;
-  int64_t ldx;
-  const float* scales;  // of each row p.count
-};
+template <bool PAIRS, typename F>
+inline void decode_words(vh2 codes, vf* words) {
+  if constexpr (PAIRS)
+    decode_pairs<F>(codes, words);
+  else
+    decode<F>(codes, words);
+}
 
 // What decode does not tell: outputs whose codes have a NaN are NaN.
 template <typename F>
@@ -22,99 +23,135 @@ template <typename F>
   }
 }
 
-// out[r · ldo + o] for outputs [output, output + O) and rows [0, R).
-template <typename F, int O, int R>
-inline void dots(const Params& p, const Steps& a, int64_t output, float* out, int64_t ldo) {
-  const F* rows[O];
-  const float* scales[O];
-  vf total[O][R];
-#pragma GCC unroll 8
-  for (int o = 0; o < O; ++o) {
-    rows[o] = static_cast<const F*>(p.b) + (output + o) * p.depth;
-    scales[o] = scales_of(p.b_scale, output + o, p.b_rows, p.scales);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) total[o][r] = vf{};
+template <typename A, typename F, int R>
+class Few {
+ public:
+  explicit Few(const Params& p) : p(p), x(steps() * R * VECTORS * W), a_scales(p.count * R), factors(O * p.count * R) { pack(); }
+
+  // out[r · ldo + o] for outputs [output, output + outputs).
+  void multiply(int64_t output, int outputs, float* out, int64_t ldo) {
+    int o = 0;
+    for (; o + O <= outputs; o += O) dots<O>(output + o, out + o, ldo);
+    for (; o < outputs; ++o) dots<1>(output + o, out + o, ldo);
   }
-  const float* x = a.x;
-  Nans<F> nans;
-  for (int64_t c = 0; c < p.count; ++c) {
-    const Chunk& chunk = p.chunks[c];
-    vf sum[O][R];
+
+ private:
+  static constexpr bool PAIRS = PAIRS_OF<A>;
+  static constexpr int VECTORS = STEP_VECTORS<PAIRS>;
+  // Outputs at a time. Codes are read as they lie in memory, which is fastest in one stream; but rows of x that the first
+  // cache does not hold had better be read less often.
+  static constexpr int O = R >= 4 && W == 16 ? 2 : 1;
+  static constexpr int64_t AHEAD = 4096;  // bytes of codes
+
+  int64_t steps() const {
+    int64_t n = 0;
+    for (int64_t c = 0; c < p.count; ++c) n += round_up(p.chunks[c].count, STEP) / STEP;
+    return n;
+  }
+
+  // Steps of all rows in turn, and the scales of their chunks.
+  void pack() {
+    for (int64_t r = 0; r < R; ++r) {
+      const A* const row = static_cast<const A*>(p.a) + r * p.depth;
+      const float* const given = p.a_scale ? scales_of(p.a_scale, r, p.a_rows, p.scales) : nullptr;
+      float* to = x + r * VECTORS * W;
+      for (int64_t c = 0; c < p.count; ++c) {
+        const Chunk& chunk = p.chunks[c];
+        a_scales[c * R + r] = given ? given[chunk.scale] : 1.0f;
+        for (int i = 0; i < chunk.count; i += STEP, to += R * VECTORS * W) {
+          vf words[VECTORS];
+          load_words<PAIRS>(row + chunk.from + i, chunk.count - i, words);
+          for (int v = 0; v < VECTORS; ++v) store(to + v * W, words[v]);
+        }
+      }
+    }
+  }
+
+  // What the sums of a chunk are multiplied with, for each row of x.
+  const float* factors_of(const float* scales, int slot) {
+    float* const to = factors + slot * p.count * R;
+    if (made_of[slot] == scales) return to;
+    made_of[slot] = scales;
+    for (int64_t c = 0; c < p.count; ++c)
+      for (int r = 0; r < R; ++r) to[c * R + r] = FACTOR<F> * (scales[p.chunks[c].scale] * a_scales[c * R + r]);
+    return to;
+  }
+
+  template <int N>
+  void dots(int64_t output, float* out, int64_t ldo) {
+    constexpr int CHAINS = N * R >= 4 ? 1 : VECTORS;  // sums that do not wait for one another
+    const F* rows[N];
+    const float* factor[N];
+    vf total[N][R];
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o)
+    for (int o = 0; o < N; ++o) {
+      rows[o] = static_cast<const F*>(p.b) + (output + o) * p.depth;
+      factor[o] = factors_of(scales_of(p.b_scale, output + o, p.b_rows, p.scales), o);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[o][r] = vf{};
-    for (int i = 0; i < chunk.count; i += STEP, x += STEP) {
+      for (int r = 0; r < R; ++r) total[o][r] = vf{};
+    }
+    const float* step = x;
+    Nans<F> nans;
+    for (int64_t c = 0; c < p.count; ++c) {
+      const Chunk& chunk = p.chunks[c];
+      vf sum[N][R][CHAINS];
 #pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) {
-        const F* at = rows[o] + chunk.from + i;
-        __builtin_prefetch(at + 2 * O * p.depth, 0, 2);  // each row is too short for the processor to foresee the next
-        const vh2 codes = load_pairs(at, chunk.count - i);
-        nans.look_at(codes);
-        vf w[4];
-        decode<F>(codes, w);
+      for (int o = 0; o < N; ++o)
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-          for (int v = 0; v < 4; ++v) sum[o][r] += w[v] * load(x + r * a.ldx + v * W);
+          for (int i = 0; i < CHAINS; ++i) sum[o][r][i] = vf{};
+      for (int i = 0; i < chunk.count; i += STEP, step += R * VECTORS * W) {
+        vf words[N][VECTORS];
+#pragma GCC unroll 8
+        for (int o = 0; o < N; ++o) {
+          const F* const at = rows[o] + chunk.from + i;
+          __builtin_prefetch(at + N * AHEAD, 0, 2);
+          const vh2 codes = load_pairs(at, chunk.count - i);
+          nans.look_at(codes);
+          decode_words<PAIRS, F>(codes, words[o]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < VECTORS; ++v) {
+            const vf y = load(step + (r * VECTORS + v) * W);
+#pragma GCC unroll 8
+            for (int o = 0; o < N; ++o)
+              sum[o][r][v % CHAINS] = multiply_add<PAIRS>(sum[o][r][v % CHAINS], words[o][v], y);
+          }
       }
+#pragma GCC unroll 8
+      for (int o = 0; o < N; ++o)
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          vf all = sum[o][r][0];
+#pragma GCC unroll 4
+          for (int i = 1; i < CHAINS; ++i) all += sum[o][r][i];
+          total[o][r] += all * factor[o][c * R + r];
+        }
     }
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o)
+    for (int o = 0; o < N; ++o)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        total[o][r] += (sum[o][r] * FACTOR<F>) * (scales[o][chunk.scale] * a.scales[r * p.count + c]);
+      for (int r = 0; r < R; ++r) out[r * ldo + o] = sum_lanes(total[o][r])[0];
+    if (nans.any()) mark_nans<F>(p, output, N, out, ldo);
   }
-#pragma GCC unroll 8
-  for (int o = 0; o < O; ++o)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) out[r * ldo + o] = sum_lanes(total[o][r])[0];
-  if (nans.any()) mark_nans<F>(p, output, O, out, ldo);
-}
 
-template <typename F, int R>
-void dot_rows(const Params& p, const Steps& a, int64_t output, int outputs, float* out, int64_t ldo) {
-  constexpr int O = std::max(1, std::min(8, (W == 16 ? 24 : 8) / R));  // sums that registers hold
-  int o = 0;
-  for (; o + O <= outputs; o += O) dots<F, O, R>(p, a, output + o, out + o, ldo);
-  for (; o < outputs; ++o) dots<F, 1, R>(p, a, output + o, out + o, ldo);
-}
+  const Params& p;
+  Buffer x, a_scales, factors;
+  const float* made_of[O]{};
+};
 
-template <typename F, int R = int(FEW_ROWS)>
-inline void dot_few(const Params& p, const Steps& a, int64_t output, int outputs, float* out, int64_t ldo) {
-  if constexpr (R > 1) {
-    if (p.rows < R) return dot_few<F, R - 1>(p, a, output, outputs, out, ldo);
-  }
-  dot_rows<F, R>(p, a, output, outputs, out, ldo);
-}
-
-template <typename A>
-void pack_steps(const Params& p, float* x, int64_t ldx, float* scales) {
-  for (int64_t r = 0; r < p.rows; ++r, scales += p.count) {
-    const A* const row = static_cast<const A*>(p.a) + r * p.depth;
-    const float* const given = p.a_scale ? scales_of(p.a_scale, r, p.a_rows, p.scales) : nullptr;
-    float* dst = x + r * ldx;
-    for (int64_t c = 0; c < p.count; ++c) {
-      const Chunk& chunk = p.chunks[c];
-      scales[c] = given ? given[chunk.scale] : 1.0f;
-      for (int i = 0; i < chunk.count; i += STEP, dst += STEP) {
-        vf some[4];
-        load_step(row + chunk.from + i, chunk.count - i, some);
-        for (int v = 0; v < 4; ++v) store(dst + v * W, some[v] * FACTOR<A>);
-      }
-    }
-  }
-}
-
-template <typename A, typename F>
+template <typename A, typename F, int R = int(FEW_ROWS)>
 void multiply_few(const Params& p) {
-  int64_t ldx = 0;
-  for (int64_t c = 0; c < p.count; ++c) ldx += round_up(p.chunks[c].count, STEP);
-  Buffer x(p.rows * ldx), scales(p.rows * p.count), tile(p.rows * p.task_columns);
-  pack_steps<A>(p, x, ldx, scales);
-  const Steps a{x, ldx, scales};
+  if constexpr (R > 1) {
+    if (p.rows < R) return multiply_few<A, F, R - 1>(p);
+  }
+  Few<A, F, R> few(p);
+  Buffer tile(R * p.task_columns);
   for (Task task; claim(p, task);) {
-    dot_few<F>(p, a, task.column, task.columns, tile, p.task_columns);
+    few.multiply(task.column, task.columns, tile, p.task_columns);
     finish_tile(p, task, tile, p.task_columns);
   }
 }

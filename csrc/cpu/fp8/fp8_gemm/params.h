@@ -21,7 +21,8 @@ struct Chunk {
 
 constexpr int64_t CHUNK = 128;  // the most columns of one
 constexpr int64_t FEW_ROWS = 8;  // whose products wait for the codes of b, which are decoded in registers
-constexpr int64_t TASK_ROWS = 128, TASK_COLUMNS = 256, FEW_COLUMNS = 64;
+constexpr int64_t TASK_ROWS = 256, TASK_COLUMNS = 256, LEAST_COLUMNS = 64;
+constexpr int64_t PACKED_BLOCKS = 8;  // of rows, at most that many of which are packed at a time
 
 // out (rows, outputs) = a · bᵀ, + bias. b is (outputs, depth) or, `turned`, (depth, outputs).
 struct Params {
@@ -37,15 +38,23 @@ struct Params {
   const Chunk* chunks;
   int64_t count;  // of chunks
   int64_t task_columns;
+  float* panels;  // what pack makes of the rows of these blocks; null where they are not packed
+  int64_t from_block, end_block;  // of rows, whose products are made
   std::atomic<int64_t>* next;  // task, which workers claim one by one
 
   bool few() const { return rows <= FEW_ROWS && !turned; }
+  bool packed() const { return rows > FEW_ROWS && !turned; }
   int64_t row_blocks() const { return (rows + TASK_ROWS - 1) / TASK_ROWS; }
-  int64_t tasks() const { return row_blocks() * ((outputs + task_columns - 1) / task_columns); }
+  int64_t row_of(int64_t block) const { return rows * block / row_blocks(); }  // where one begins
+  int64_t block_rows() const { return (rows + row_blocks() - 1) / row_blocks(); }  // the most rows of one
+  int64_t blocks() const { return end_block - from_block; }
+  int64_t tasks() const { return blocks() * ((outputs + task_columns - 1) / task_columns); }
 };
 
 }  // namespace accel::fp8_gemm
 
 ACCEL_DECLARE(fp8_gemm, fp8,
+  int64_t panel_words(const Params& p);  // of a block of rows and a chunk
+  void pack(const Params& p, int64_t from, int64_t to);  // ranges of the chunks of all blocks of rows
   void multiply(const Params& p);  // what one worker does
 )

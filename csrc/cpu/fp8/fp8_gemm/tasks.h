@@ -9,9 +9,52 @@ namespace accel::ACCEL_ISA::fp8 {
 
 using namespace accel::fp8_gemm;
 
+// Whether a's rows are multiplied as pairs of bf16: codes are such numbers exactly.
+template <typename A>
+constexpr bool PAIRS_OF = IN_PAIRS<bf16> && (IS_CODE<A> || std::is_same_v<A, bf16>);
+
+// A step as words: pairs in the order of their elements, or numbers in that of steps.
+template <bool PAIRS>
+constexpr int STEP_VECTORS = PAIRS ? 2 : 4;
+
+// The first n elements of one, zeros behind them.
+template <bool PAIRS, typename T>
+inline void load_words(const T* p, int64_t n, vf* words) {
+  if constexpr (PAIRS) {
+    load_step_pairs(p, n, words);
+  } else {
+    load_step(p, n, words);
+    for (int v = 0; v < 4; ++v) words[v] *= FACTOR<T>;
+  }
+}
+
+// Rows of memory that are wanted soon, fetched a few cache lines at a time: more requests at once than the processor can
+// have under way would hold up those for what is wanted now. Into the second cache, as of rows that are a power of two
+// apart the first one holds a few only.
+class Ahead {
+ public:
+  // `rows` rows `stride` bytes apart, of which `bytes` each are wanted, in `calls` calls.
+  Ahead(const void* from, int64_t stride, int64_t bytes, int rows, int calls)
+      : row_(static_cast<const char*>(from)), at_(row_), end_(row_ + bytes), stride_(stride), rows_(rows),
+        some_(int((rows * round_up(bytes, 64) / 64 + calls - 1) / std::max(calls, 1))) {}
+
+  void operator()() {
+    for (int i = 0; i < some_ && rows_ > 0; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      if ((at_ += 64) < end_) continue;
+      at_ = row_ += stride_, end_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char *row_, *at_, *end_;
+  int64_t stride_;
+  int rows_, some_;
+};
+
 // A block of out.
 struct Task {
-  int64_t row;
+  int64_t block, row;  // of rows, and where it begins
   int rows;
   int64_t column;
   int columns;
@@ -19,10 +62,10 @@ struct Task {
 
 // Rows of the same columns stand side by side, as they read the same codes of b.
 inline bool claim(const Params& p, Task& task) {
-  const int64_t i = p.next->fetch_add(1, std::memory_order_relaxed), blocks = p.row_blocks();
+  const int64_t i = p.next->fetch_add(1, std::memory_order_relaxed), blocks = p.blocks();
   if (i >= p.tasks()) return false;
-  const int64_t block = i % blocks, row = p.rows * block / blocks, column = i / blocks * p.task_columns;
-  task = {row, int(p.rows * (block + 1) / blocks - row), column, int(std::min(p.task_columns, p.outputs - column))};
+  const int64_t block = p.from_block + i % blocks, row = p.row_of(block), column = i / blocks * p.task_columns;
+  task = {block, row, int(p.row_of(block + 1) - row), column, int(std::min(p.task_columns, p.outputs - column))};
   return true;
 }
 
