@@ -124,8 +124,11 @@ def differentiable(
     }
     required = [i for i, kind in enumerate(layout.kinds) if kind == "Tensor"]
 
-    def run(given: A, backend: str | None = None, used: int | None = None) -> Any:
-        chosen = dispatch.select(dispatch.OPS[name], given, backend)
+    def run(given: A, backend: str | dispatch.Backend | None = None, used: int | None = None) -> Any:
+        if isinstance(backend, dispatch.Backend):  # selected already
+            chosen = backend
+        else:
+            chosen = dispatch.select(dispatch.OPS[name], given, backend)
         if chosen.name == "reference" or any([given[i].numel() == 0 for i in required]):
             if dispatch.OPS[name].straight_through:
                 refuse_forward_mode(name, given[:gradients])

@@ -19,6 +19,30 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, WRITE);
 }
 
+// Rows of memory that are wanted soon, fetched a few cache lines at a time: more requests at once than the processor can
+// have under way would hold up those for what is wanted now. Into the second cache, as of rows that are a power of two
+// apart the first one holds a few only.
+class Ahead {
+ public:
+  // `rows` rows `stride` bytes apart, of which `bytes` each are wanted, in `calls` calls.
+  Ahead(const void* from, int64_t stride, int64_t bytes, int rows, int calls)
+      : row_(static_cast<const char*>(from)), at_(row_), end_(row_ + bytes), stride_(stride), rows_(rows),
+        some_(int((rows * round_up(bytes, 64) / 64 + calls - 1) / std::max(calls, 1))) {}
+
+  void operator()() {
+    for (int i = 0; i < some_ && rows_ > 0; ++i) {
+      __builtin_prefetch(at_, 0, 2);
+      if ((at_ += 64) < end_) continue;
+      at_ = row_ += stride_, end_ += stride_, --rows_;
+    }
+  }
+
+ private:
+  const char *row_, *at_, *end_;
+  int64_t stride_;
+  int rows_, some_;
+};
+
 // `padded` words, whole vectors, that hold `size` elements of T, zeros behind them. T is bf16 where there are PAIRS.
 template <bool PAIRS, typename T>
 inline void copy_words(const T* src, float* words, int size, int padded) {

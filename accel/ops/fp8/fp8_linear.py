@@ -241,14 +241,14 @@ def call(
 ) -> Tensor:
     """:func:`fp8_linear`, perhaps with a weight that was quantised earlier."""
     args = _prepare(x, weight, bias, weight_scale=weight_scale, recipe=recipe)
-    chosen = dispatch.select(OP, args, backend).name
-    if chosen == "torch":
+    chosen = dispatch.select(OP, args, backend)
+    if chosen.name == "torch":
         w = args.w if args.given else size_rule.plain_weight(args)
         args = args._replace(w=w, keep=False)
     elif not args.given:
         turned = remember is not None or library.requires_gradient([args.x])
-        make = functools.partial(_quantize_weight, args, turned, chosen)
-        key = (args.scaling, args.scale_format, chosen)
+        make = functools.partial(_quantize_weight, args, turned, chosen.name)
+        key = (args.scaling, args.scale_format, chosen.name)
         args = args._replace(**(make() if remember is None else remember(weight, key, make))._asdict())
     if not args.given and not args.keep and library.requires_gradient([weight]):
         args = args._replace(kept=args.x.detach())

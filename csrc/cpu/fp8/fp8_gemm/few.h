@@ -26,7 +26,10 @@ template <typename F>
 template <typename A, typename F, int R>
 class Few {
  public:
-  explicit Few(const Params& p) : p(p), x(steps() * R * VECTORS * W), a_scales(p.count * R), factors(O * p.count * R) { pack(); }
+  explicit Few(const Params& p)
+      : p(p), x(steps() * R * VECTORS * W), a_scales(p.count * R), factors(O * p.count * R) {
+    pack();
+  }
 
   // out[r · ldo + o] for outputs [output, output + outputs).
   void multiply(int64_t output, int outputs, float* out, int64_t ldo) {

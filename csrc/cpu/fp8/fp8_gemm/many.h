@@ -110,7 +110,8 @@ class Many {
         }
         // soon wanted: what follows in each row, or what the next block begins with
         const int64_t next = last < end ? p.chunks[last].from : block * p.depth + p.chunks[first].from;
-        Ahead ahead(rows + next, p.depth, together * CHUNK, block, int(last - c) * gemm_calls(some, vectors(t.rows) / W, WORDS));
+        const int calls = int(last - c) * gemm_calls(some, vectors(t.rows) / W, WORDS);
+        Ahead ahead(rows + next, p.depth, together * CHUNK, block, calls);
         for (int64_t j = c; j < last; ++j) multiply(j, weights + (j - c) * WORDS, o, some, ahead);
       }
     }

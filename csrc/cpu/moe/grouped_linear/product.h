@@ -11,46 +11,59 @@ inline const Task* claim(const Tasks& tasks) {
   return i < tasks.count ? tasks.list + i : nullptr;
 }
 
-// out[r · ldo + o] = row o of `w` times row r of `x`, rows [0, O) and [0, R); `x` holds steps.
+// out[r · ldo + o] = row o of `w` times row r of `x`, rows [0, O) and [0, R); `x` holds steps. `w` is read as it lies in
+// memory, few rows at a time, which is fastest in one stream.
 template <typename T, int O, int R>
 inline void dots(const T* w, int64_t ldw, int64_t depth, const float* x, int64_t ldx, float* out, int64_t ldo) {
-  vf acc[O][R];
+  constexpr int CHAINS = O * R >= 4 ? 1 : 4 / (O * R);  // sums that do not wait for one another
+  constexpr int64_t AHEAD = 4096;                       // bytes of a row
+  vf acc[O][R][CHAINS];
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[o][r] = vf{};
-  const auto step = [&](auto load_weights, int64_t i) {
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < CHAINS; ++c) acc[o][r][c] = vf{};
+  const auto step = [&](auto load_weights, int64_t i, int c) {
     const float* at = x + i / (2 * W) * STEP_FLOATS<T>;
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
       vf a, b{};
       load_weights(w + o * ldw, a, b);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[o][r] = multiply_add_step<T>(acc[o][r], a, b, at + r * ldx);
+      for (int r = 0; r < R; ++r) acc[o][r][c] = multiply_add_step<T>(acc[o][r][c], a, b, at + r * ldx);
     }
   };
-  int64_t i = 0;
-  for (; i + 2 * W <= depth; i += 2 * W) {
+  const auto whole = [&](int64_t i, int c) {
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o)  // the rows that follow: each is too short for the processor to foresee it
+    for (int o = 0; o < O; ++o)
       for (size_t line = 0; line < 2 * W * sizeof(T); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(w + (O + o) * ldw + i) + line);
-    step([i](const T* row, vf& a, vf& b) { load_step(row + i, a, b); }, i);
-  }
-  if (i < depth) step([depth](const T* row, vf& a, vf& b) { load_last_step(row, depth, a, b); }, i);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + o * ldw + i) + O * AHEAD + line, 0, 2);
+    step([i](const T* row, vf& a, vf& b) { load_step(row + i, a, b); }, i, c);
+  };
+  int64_t i = 0;
+  for (; i + CHAINS * 2 * W <= depth; i += CHAINS * 2 * W)
+#pragma GCC unroll 4
+    for (int c = 0; c < CHAINS; ++c) whole(i + c * 2 * W, c);
+  for (; i + 2 * W <= depth; i += 2 * W) whole(i, 0);
+  if (i < depth) step([depth](const T* row, vf& a, vf& b) { load_last_step(row, depth, a, b); }, i, 0);
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o)
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) out[r * ldo + o] = sum_lanes(acc[o][r])[0];
+    for (int r = 0; r < R; ++r) {
+      vf all = acc[o][r][0];
+#pragma GCC unroll 4
+      for (int c = 1; c < CHAINS; ++c) all += acc[o][r][c];
+      out[r * ldo + o] = sum_lanes(all)[0];
+    }
 }
 
 template <typename T, int R>
 inline void dot_rows(const T* w, int64_t ldw, int64_t depth, int outputs, const float* x, int64_t ldx, float* out,
                      int64_t ldo) {
-  constexpr int O = R <= 2 ? 4 : R <= 4 ? 2 : 1;  // the accumulators fit into the registers of every level but the first
-  constexpr int MORE = W == 16 ? 2 * O : O;
+  constexpr int O = R >= 4 && W == 16 ? 2 : 1;  // two read x half as often
   int o = 0;
-  for (; o + MORE <= outputs; o += MORE) dots<T, MORE, R>(w + o * ldw, ldw, depth, x, ldx, out + o, ldo);
+  for (; o + O <= outputs; o += O) dots<T, O, R>(w + o * ldw, ldw, depth, x, ldx, out + o, ldo);
   for (; o < outputs; ++o) dots<T, 1, R>(w + o * ldw, ldw, depth, x, ldx, out + o, ldo);
 }
 
@@ -133,12 +146,17 @@ class Products {
       transpose(rows_packed, spread(CHUNK), rows_turned, ld, padded, vectors(count));
       for (int o = 0; o < columns; o += BLOCK) {
         const int some = std::min(BLOCK, columns - o);
-        for (int i = some; i < std::min(some + BLOCK, columns - o); ++i)  // soon wanted, and scattered
-          fetch(source.row(column + o + i) + from * PER_WORD<T>, count * PER_WORD<T> * int64_t(sizeof(T)));
         int64_t lda;
         const float* a = source.words(column + o, some, from, count, weights, lda);
         float* c = turned + int64_t(o) * ld;
-        gemm<IN_PAIRS<T>>({a, lda, 1, rows_turned, ld, c, ld, from ? c : nullptr, ld, count}, some, padded / W);
+        // soon wanted, and scattered: this chunk of the next block, or the next chunk of the first
+        const bool last = o + some == columns;
+        const int64_t row = last ? column : column + o + some, word = last ? from + count : from;
+        const int rest = !last ? columns - o - some : word < words ? columns : 0;
+        Ahead ahead(source.row(row) + word * PER_WORD<T>, source.ld() * int64_t(sizeof(T)),
+                    CHUNK * PER_WORD<T> * int64_t(sizeof(T)), std::min(BLOCK, rest), gemm_calls(some, padded / W, count));
+        gemm<IN_PAIRS<T>>({a, lda, 1, rows_turned, ld, c, ld, from ? c : nullptr, ld, count}, some, padded / W,
+                          [&] { ahead(); });
       }
     }
     for (int o = columns; o < vectors(columns); ++o) std::fill_n(turned + int64_t(o) * ld, padded, 0.0f);
@@ -152,8 +170,12 @@ class Products {
       const int count = int(std::min<int64_t>(CHUNK, words - from));
       pack_rows(t, from, count);
       source.columns(from, count, column, columns, weights, ld, two_rows);
+      const int64_t next = (from + count) * PER_WORD<T>;
+      const int more = int(std::min<int64_t>(CHUNK * PER_WORD<T>, p.depth - next));
+      Ahead ahead(source.row(next) + column, source.ld() * int64_t(sizeof(T)), columns * int64_t(sizeof(T)), more,
+                  gemm_calls(int(t.rows), padded / W, count));
       gemm<IN_PAIRS<T>>({rows_packed, spread(CHUNK), 1, weights, ld, made, tile_ld, from ? made : nullptr, tile_ld, count},
-                        int(t.rows), padded / W);
+                        int(t.rows), padded / W, [&] { ahead(); });
     }
   }
 
