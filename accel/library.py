@@ -138,9 +138,24 @@ def differentiable(
             given = args(*[_looked_at_anew(x) for x in given[:gradients]], *given[gradients:])
         if differentiated(name, given[:gradients]):
             return recorded[used or differentiable_outputs].apply(*given, chosen.name)
+        if _is_plain_call(given):
+            return _of_their_own(chosen.forward(*given))
         return forward_op(*given, chosen.name)  # torch.compile cannot trace autograd where nothing requires a gradient
 
     return run
+
+
+def untraced() -> bool:
+    """Whether no tracer, mode or transform is to see the call: then it need not be one of a registered op."""
+    return not (torch.compiler.is_compiling() or _modes() or _transforms() or torch.jit.is_tracing())
+
+
+_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+
+
+def _is_plain_call(given: Iterable[Any]) -> bool:
+    """The same, of plain tensors: a subclass may have something to say of each op."""
+    return untraced() and all([type(x) in (Tensor, torch.nn.Parameter) for x in given if isinstance(x, Tensor)])
 
 
 def _looked_at_anew(x: Any) -> Any:

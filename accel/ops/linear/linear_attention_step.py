@@ -171,14 +171,6 @@ def _lean(
         return None
 
 
-def _untraced() -> bool:
-    """Whether no tracer, mode or transform is to see the call."""
-    return not (torch.compiler.is_compiling() or _modes() or _transforms())
-
-
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-
-
 # --- declaration: a registered op for tracers, which a call from Python need not go through ---
 
 
@@ -315,7 +307,7 @@ def linear_attention_step(
         ValueError: shapes, sizes, names or devices that do not fit; the message holds them.
         NotImplementedError: something requires a gradient, or ``backend`` cannot run this call.
     """
-    untraced = _untraced()
+    untraced = library.untraced()
     if backend is None and dispatch._settings.backend is None and untraced:
         out = _lean(q, k, v, state, feature_map, normalize, scale, log_decay, eps)
         if out is not None:
