@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 import accel
 from accel import dispatch
 from accel.dispatch import Backend, Op
+from accel.testing.running import Recorder
 
 
 class Args(NamedTuple):
@@ -230,3 +231,26 @@ def test_tensors_without_data_give_the_shape_of_the_output(op):
     for got, expected in zip(made, want, strict=True):
         assert got.device.type == "meta"
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+
+
+class Labelled(torch.Tensor):
+    """A subclass, which may have something to say of each op."""
+
+
+def test_only_a_call_that_nothing_is_to_see_goes_past_the_registered_op() -> None:
+    q = torch.randn(1, 2, 5, 8)
+
+    def ops_of(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        with torch.profiler.profile() as profile:
+            out = accel.softmax_attention(x, q, q, backend="cpu")
+        return out, any(event.key == "accel::softmax_attention_forward" for event in profile.key_averages())
+
+    plain, seen = ops_of(q)
+    assert not seen
+    for other in (q.as_subclass(Labelled), q.clone().requires_grad_()):
+        out, seen = ops_of(other)
+        assert seen, type(other)
+        torch.testing.assert_close(out.detach().as_subclass(torch.Tensor), plain, rtol=0, atol=0)
+    with Recorder() as recorder:
+        torch.testing.assert_close(accel.softmax_attention(q, q, q, backend="cpu"), plain, rtol=0, atol=0)
+    assert [call[0].name() for call in recorder.calls] == ["accel::softmax_attention_forward"]
