@@ -123,6 +123,19 @@ def test_cpu_threads_and_fresh_memory_change_no_bit(case):
             assert_same(accel.fp8_gemm(**given, backend="cpu"), want, f"{count} threads")
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_number_of_threads_changes_no_bit_of_a_product_of_many_tiles(level):
+    a, a_scale = accel.fp8_quantize(random_matrix((300, 515), "normal", 0))
+    b, b_scale = accel.fp8_quantize(random_matrix((2048, 515), "normal", 1), block=(128, 128))
+    with at_level(level):
+        made = []
+        for count in (1, 2, 8):
+            with threads(count):
+                made.append(accel.fp8_gemm(a, a_scale, b, b_scale, out_dtype=torch.float32, backend="cpu"))
+    for product in made[1:]:
+        assert_same(product, made[0], level)
+
+
 def test_cpu_reads_and_writes_nothing_beyond():
     calls = []
     for i, case in enumerate(PRODUCTS):

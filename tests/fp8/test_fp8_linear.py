@@ -105,6 +105,20 @@ def test_op(check):
     check()
 
 
+def test_beside_a_weight_that_is_not_quantised_bits_repeat_and_threads_change_its_gradient_alone():
+    given, grad = some()
+    how = {"recipe": FP8Recipe(scaling="weight_only", size_rule=False), "backend": "cpu"}
+    with testing.threads(1):
+        first = gradients(given, grad, **how)
+        others = [gradients(given, grad, **how)]
+    for count in (2, 3):
+        with testing.threads(count):
+            others.append({**gradients(given, grad, **how), "weight": first["weight"]})
+    for again in others:
+        for name, want in first.items():
+            testing.assert_same(again[name], want, name)
+
+
 # --- the products, made by hand ---
 
 

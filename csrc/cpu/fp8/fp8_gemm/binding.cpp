@@ -33,10 +33,11 @@ std::vector<Chunk> chunks_of(int64_t depth, int64_t block) {
   return chunks;
 }
 
-// Columns of a task: fewer where there would be too few tasks for all workers. No bit depends on it.
+// Columns of a task: fewer where there would be too few tasks for many workers. By sizes alone, not by the workers there
+// are: with AVX2 the last bits of a sum depend on where its tile ends.
 int64_t columns_of_task(const Params& p) {
   const int64_t wide = p.row_blocks() * count_of(p.outputs, TASK_COLUMNS);
-  return p.few() || wide < 4 * int64_t(torch::stable::get_num_threads()) ? LEAST_COLUMNS : TASK_COLUMNS;
+  return p.few() || wide < 16 ? LEAST_COLUMNS : TASK_COLUMNS;
 }
 
 Tensor multiply(Tensor a, Tensor b, OptionalTensor a_scale, Tensor b_scale, OptionalTensor bias, std::string a_format,
