@@ -145,17 +145,11 @@ def differentiable(
     return run
 
 
-def untraced() -> bool:
-    """Whether no tracer, mode or transform is to see the call: then it need not be one of a registered op."""
-    return not (torch.compiler.is_compiling() or _modes() or _transforms() or torch.jit.is_tracing())
-
-
-_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-
-
 def _is_plain_call(given: Iterable[Any]) -> bool:
-    """The same, of plain tensors: a subclass may have something to say of each op."""
-    return untraced() and all([type(x) in (Tensor, torch.nn.Parameter) for x in given if isinstance(x, Tensor)])
+    """Whether the call need not be one of a registered op: nothing is to see it, no subclass of a tensor either."""
+    if not transforms.untraced():
+        return False
+    return all([type(x) in (Tensor, torch.nn.Parameter) for x in given if isinstance(x, Tensor)])
 
 
 def _looked_at_anew(x: Any) -> Any:

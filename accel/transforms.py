@@ -1,4 +1,5 @@
-"""Which transforms of ``torch.func`` are at work around a call. ``torch.compile`` traces them in its own way."""
+"""What is at work around a call: tracers, modes, and transforms of ``torch.func``, which ``torch.compile`` traces in
+its own way."""
 
 from __future__ import annotations
 
@@ -6,9 +7,17 @@ import torch
 from torch._C._functorch import TransformType, get_interpreter_stack
 
 
+def untraced() -> bool:
+    """Whether no tracer, mode or transform is to see the call."""
+    return not (torch.compiler.is_compiling() or _modes() or _active() or torch.jit.is_tracing())
+
+
+_modes, _active = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
+
+
 def transformed() -> bool:
     """Whether any is. A tensor that is made now belongs to it and must not outlive it."""
-    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())
+    return not torch.compiler.is_compiling() and bool(_active())
 
 
 def batched() -> bool:

@@ -58,7 +58,7 @@ inline vf broadcast(const float* p) {
   return reinterpret_cast<vf>(word - vi{});
 }
 
-// Called now and then, see gemm.
+// What is to be done beside the products, see gemm: nothing.
 struct Nothing {
   void operator()() const {}
 };

@@ -19,6 +19,9 @@ inline void fetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, WRITE);
 }
 
+// How far ahead one stream of memory is fetched, in bytes.
+constexpr int64_t STREAM_AHEAD = 4096;
+
 // Rows of memory that are wanted soon, fetched a few cache lines at a time: more requests at once than the processor can
 // have under way would hold up those for what is wanted now. Into the second cache, as of rows that are a power of two
 // apart the first one holds a few only.

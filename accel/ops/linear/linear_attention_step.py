@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from accel import backends, dispatch, library
+from accel import backends, dispatch, library, transforms
 from accel.backends import check_beside, inner_dtype
 from accel.ops.linear import feature_maps
 from accel.ops.linear.arguments import State, check_heads, to_heads
@@ -307,7 +307,7 @@ def linear_attention_step(
         ValueError: shapes, sizes, names or devices that do not fit; the message holds them.
         NotImplementedError: something requires a gradient, or ``backend`` cannot run this call.
     """
-    untraced = library.untraced()
+    untraced = transforms.untraced()
     if backend is None and dispatch._settings.backend is None and untraced:
         out = _lean(q, k, v, state, feature_map, normalize, scale, log_decay, eps)
         if out is not None:

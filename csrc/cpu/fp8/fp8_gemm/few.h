@@ -44,7 +44,6 @@ class Few {
   // Outputs at a time. Codes are read as they lie in memory, which is fastest in one stream; but rows of x that the first
   // cache does not hold had better be read less often.
   static constexpr int O = R >= 4 && W == 16 ? 2 : 1;
-  static constexpr int64_t AHEAD = 4096;  // bytes of codes
 
   int64_t steps() const {
     int64_t n = 0;
@@ -109,7 +108,7 @@ class Few {
 #pragma GCC unroll 8
         for (int o = 0; o < N; ++o) {
           const F* const at = rows[o] + chunk.from + i;
-          __builtin_prefetch(at + N * AHEAD, 0, 2);
+          __builtin_prefetch(at + N * STREAM_AHEAD, 0, 2);
           const vh2 codes = load_pairs(at, chunk.count - i);
           nans.look_at(codes);
           decode_words<PAIRS, F>(codes, words[o]);

@@ -25,8 +25,6 @@ inline int words_of(const Chunk& chunk) {
   return int(round_up(chunk.count, 2 * W)) / (PAIRS ? 2 : 1);
 }
 
-constexpr int CHUNK_LD = 144;  // words of a chunk, an odd number of cache lines
-
 // The rows of a, turned: for each block of them and each chunk its words, and a row of their scales.
 template <typename A>
 class Panels {

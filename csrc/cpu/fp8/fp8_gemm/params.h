@@ -40,7 +40,7 @@ struct Params {
   int64_t task_columns;
   float* panels;  // what pack makes of the rows of these blocks; null where they are not packed
   int64_t from_block, end_block;  // of rows, whose products are made
-  std::atomic<int64_t>* next;  // task, which workers claim one by one
+  std::atomic<int64_t>* next;     // task, which workers claim one by one
 
   bool few() const { return rows <= FEW_ROWS && !turned; }
   bool packed() const { return rows > FEW_ROWS && !turned; }

@@ -1,4 +1,4 @@
-// What both ways to multiply have in common: tasks, and the end of a tile.
+// What all ways to multiply have in common: words, tasks, and the end of a tile.
 #pragma once
 
 #include "cpu/_fp8.h"
@@ -27,6 +27,8 @@ inline void load_words(const T* p, int64_t n, vf* words) {
     for (int v = 0; v < 4; ++v) words[v] *= FACTOR<T>;
   }
 }
+
+constexpr int CHUNK_LD = 144;  // words of a chunk, an odd number of cache lines
 
 // A block of out.
 struct Task {

@@ -12,7 +12,7 @@ class Turned {
       : p(p),
         ld(spread(p.task_columns)),
         tile(vectors(int(p.block_rows())) * int64_t(ld)),
-        rows(vectors(int(p.block_rows())) * int64_t(ROW_LD)),
+        rows(vectors(int(p.block_rows())) * int64_t(CHUNK_LD)),
         panel(CHUNK * int64_t(ld)),
         of_rows(vectors(int(p.block_rows()))),
         of_columns(vectors(int(p.task_columns))) {}
@@ -27,15 +27,14 @@ class Turned {
 
  private:
   static constexpr bool PAIRS = PAIRS_OF<A>;
-  static constexpr int ROW_LD = 144;    // words of a chunk, an odd number of cache lines
 
   void add(const Chunk& chunk, bool first) {
     take_scales(chunk);
     for (int i = 0; i < t.rows; ++i)
-      pack_words(static_cast<const A*>(p.a) + (t.row + i) * p.depth + chunk.from, chunk.count, rows + i * ROW_LD);
+      pack_words(static_cast<const A*>(p.a) + (t.row + i) * p.depth + chunk.from, chunk.count, rows + i * CHUNK_LD);
     const int words = PAIRS ? (chunk.count + 1) / 2 : chunk.count;
     for (int k = 0; k < words; ++k) pack_panel(chunk, PAIRS ? 2 * k : k, panel + k * int64_t(ld));
-    Gemm g{rows, ROW_LD, 1, panel, ld, tile, ld, first ? nullptr : tile.data(), ld, words};
+    Gemm g{rows, CHUNK_LD, 1, panel, ld, tile, ld, first ? nullptr : tile.data(), ld, words};
     g.of_rows = of_rows, g.of_columns = of_columns;
     const int width = vectors(t.columns) / W;
     const F* const next = static_cast<const F*>(p.b) + (chunk.from + chunk.count) * p.outputs + t.column;

@@ -16,7 +16,6 @@ inline const Task* claim(const Tasks& tasks) {
 template <typename T, int O, int R>
 inline void dots(const T* w, int64_t ldw, int64_t depth, const float* x, int64_t ldx, float* out, int64_t ldo) {
   constexpr int CHAINS = O * R >= 4 ? 1 : 4 / (O * R);  // sums that do not wait for one another
-  constexpr int64_t AHEAD = 4096;                       // bytes of a row
   vf acc[O][R][CHAINS];
 #pragma GCC unroll 8
   for (int o = 0; o < O; ++o)
@@ -38,7 +37,7 @@ inline void dots(const T* w, int64_t ldw, int64_t depth, const float* x, int64_t
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o)
       for (size_t line = 0; line < 2 * W * sizeof(T); line += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(w + o * ldw + i) + O * AHEAD + line, 0, 2);
+        __builtin_prefetch(reinterpret_cast<const char*>(w + o * ldw + i) + O * STREAM_AHEAD + line, 0, 2);
     step([i](const T* row, vf& a, vf& b) { load_step(row + i, a, b); }, i, c);
   };
   int64_t i = 0;
